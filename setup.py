@@ -2,8 +2,8 @@
 """Which folder is which package, and what cffi compiles.
 
 The four floors of the house are top-level folders, yet only one name, `blockemu`, lands in
-site-packages: `loop/` is imported as `blockemu.loop`, and so on. Sub-packages are found, not listed:
-a folder with an `__init__.py` is one. Everything else stands in pyproject.toml.
+site-packages: `loop/` is imported as `blockemu.loop`, and so on. Sub-packages are found, not
+listed: a folder with an `__init__.py` is one. Everything else stands in pyproject.toml.
 """
 
 from __future__ import annotations

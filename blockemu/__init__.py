@@ -2,7 +2,7 @@
 """A storage daemon: disk images served over NBD, with block jobs that run while they are served.
 
 This package is the top floor. The floors below it lie in folders of their own and are imported as
-`blockemu.loop`, `blockemu.drivers` and `blockemu.jobs`; ARCHITECTURE.md says what is where, and why.
+`blockemu.loop`, `blockemu.drivers` and `blockemu.jobs`; ARCHITECTURE.md says what is where.
 """
 
 from __future__ import annotations
