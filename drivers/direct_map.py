@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The direct map: a soft TLB from guest pages to host offsets, so that plain requests skip layers.
+
+Most requests of a running disk end where the one before them did: a cluster that is allocated,
+uncompressed and ours alone. Walking the graph for them is layers of coroutines that find nothing
+new. So a driver *publishes* what it found, and a server asks the map first: a hit is one dictionary
+look-up and a host I/O; a miss goes to the node, which is always right.
+
+The rules that keep a hit as right as a miss:
+
+1. Who changes what a mapping means (moves or frees a cluster, takes a snapshot, resizes, inserts a
+   filter) calls `invalidate` first, and waits in it until the requests that used the old meaning
+   are done. Users `pin` the map for as long as a request that they took from it is in flight.
+2. A drained section, and a request that must be alone (an unaligned write that reads, modifies and
+   writes a block), `hold`s the map: every look-up misses, so that requests queue where the node can
+   order them; and waits until the pinned ones are done.
+3. An entry is writable only if an in-place write changes nothing else in the image.
+
+Waiting doesn't stop the hot path: pins are counted per *generation*. Invalidation closes the
+current generation and waits for that one; new requests pin the next.
+
+Bounds: `PAGES_MAX` entries, about 150 bytes each. A full map is emptied, which costs misses only.
+
+A page is a power of two of bytes: a qcow2 cluster, or the whole device for a raw file (one entry).
+Context: everything here runs in the home thread of the node's AioContext.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from blockemu.loop.sync import WaitQueue
+
+if TYPE_CHECKING:
+    from blockemu.loop.host_file import HostFile
+
+PAGES_MAX = 128 * 1024
+"""Entries kept: 8 GiB of guest disk at 64 KiB clusters, in about 20 MiB of memory."""
+
+WHOLE_DEVICE_BITS = 62
+"""`page_bits` of a map whose one page is the whole device."""
+
+_NOTHING: dict[int, int] = {}
+
+
+class Pin:
+    """A generation of in-flight requests: how many there are, and who waits for the last."""
+
+    __slots__ = ("count", "waiters")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.waiters: WaitQueue | None = None
+
+
+class DirectMap:
+    """Guest range -> offset in `file`. `length` is the mapped size in bytes, from 0."""
+
+    __slots__ = (
+        "_alignment_mask",
+        "_entries",
+        "_generation",
+        "_held",
+        "_length",
+        "_old",
+        "_page_bits",
+        "_page_mask",
+        "_stored",
+        "file",
+    )
+
+    def __init__(self, file: HostFile, *, page_bits: int, length: int) -> None:
+        self.file = file
+        self._page_bits = page_bits
+        self._page_mask = (1 << page_bits) - 1
+        self._alignment_mask = file.request_alignment - 1
+        self._length = length & ~self._alignment_mask
+        # An entry is host_offset << 1 | writable. `_entries` is what look-ups see: the stored
+        # entries, or nothing while the map is held.
+        self._stored: dict[int, int] = {}
+        self._entries = self._stored
+        self._generation = Pin()
+        self._old: list[Pin] = []
+        self._held = 0
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def lookup_read(self, offset: int, length: int) -> int:
+        """The host offset of guest bytes `[offset, offset + length)`, or -1 to ask the node.
+
+        `length` > 0. A hit holds until the caller next suspends or returns to the loop; to use it
+        longer, `pin`.
+        """
+        page = offset >> self._page_bits
+        entry = self._entries.get(page)
+        end = offset + length
+        if entry is None or (offset | length) & self._alignment_mask or end > self._length:
+            return -1
+        if (end - 1) >> self._page_bits != page and not self._contiguous(page, entry, end, 0):
+            return -1
+        return (entry >> 1) + (offset & self._page_mask)
+
+    def lookup_write(self, offset: int, length: int) -> int:
+        """As `lookup_read`, for bytes that may be overwritten in place."""
+        page = offset >> self._page_bits
+        entry = self._entries.get(page, 0)
+        end = offset + length
+        if not entry & 1 or (offset | length) & self._alignment_mask or end > self._length:
+            return -1
+        if (end - 1) >> self._page_bits != page and not self._contiguous(page, entry, end, 1):
+            return -1
+        return (entry >> 1) + (offset & self._page_mask)
+
+    def _contiguous(self, page: int, entry: int, end: int, writable: int) -> bool:
+        host = entry >> 1
+        last = (end - 1) >> self._page_bits
+        get = self._entries.get
+        for following in range(page + 1, last + 1):
+            host += self._page_mask + 1
+            found = get(following)
+            if found is None or found >> 1 != host or found & 1 < writable:
+                return False
+        return True
+
+    def publish(self, offset: int, host_offset: int, *, writable: bool) -> None:
+        """Guest page at `offset` lies at `host_offset` now. Overwrites what was published."""
+        assert not offset & self._page_mask, (offset, self._page_bits)
+        if len(self._stored) >= PAGES_MAX:
+            self._stored.clear()
+        self._stored[offset >> self._page_bits] = host_offset << 1 | writable
+
+    def pin(self) -> Pin:
+        """A request taken from the map is now in flight. Give the result to `unpin`."""
+        generation = self._generation
+        generation.count += 1
+        return generation
+
+    def unpin(self, pin: Pin) -> None:
+        """The request that `pin` stood for is done."""
+        pin.count -= 1
+        if not pin.count and pin.waiters is not None:
+            pin.waiters.wake_all()
+
+    async def invalidate(self, offset: int, length: int) -> None:
+        """Withdraw the pages that touch the range, then wait for requests that may use them.
+
+        Suspends: until every request pinned before this call is unpinned. The caller keeps the
+        range from being published again meanwhile (by its own lock on it).
+        """
+        self._withdraw(offset, length)
+        await self.wait_idle()
+
+    def _withdraw(self, offset: int, length: int) -> None:
+        if not self._stored or not length:
+            return
+        first, last = offset >> self._page_bits, (offset + length - 1) >> self._page_bits
+        if last - first < len(self._stored):
+            for page in range(first, last + 1):
+                self._stored.pop(page, None)
+        else:
+            for page in [page for page in self._stored if first <= page <= last]:
+                del self._stored[page]
+
+    async def wait_idle(self) -> None:
+        """Wait until the requests that are pinned now are unpinned; later ones don't count."""
+        if self._generation.count:
+            self._old = [pin for pin in self._old if pin.count]
+            self._old.append(self._generation)
+            self._generation = Pin()
+        for pin in [pin for pin in self._old if pin.count]:
+            while pin.count:
+                if pin.waiters is None:
+                    pin.waiters = WaitQueue()
+                await pin.waiters.wait()
+
+    def hold(self) -> None:
+        """From now on every look-up misses, until as many `release`s. Entries are kept."""
+        self._held += 1
+        self._entries = _NOTHING
+
+    def release(self) -> None:
+        """End one `hold`."""
+        assert self._held > 0
+        self._held -= 1
+        if not self._held:
+            self._entries = self._stored

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a block driver is: one class, a handful of coroutines.
+
+A driver turns requests on its node into requests on its children, or, at the bottom of the graph,
+into host I/O. It is called by its node only (node.py), which has already checked the range,
+aligned the request to `request_alignment`, and tracked it; so a driver holds just the idea that
+it is named after. A new one in a module of the user's own needs `name`, `open`, `length_bytes`,
+`preadv` and `pwritev`; everything else has a default that is right, if not fast.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+
+from blockemu.drivers.errors import io_error
+
+if TYPE_CHECKING:
+    from blockemu.drivers.child import Permission
+    from blockemu.drivers.direct_map import DirectMap
+    from blockemu.drivers.node import BlockDriverState
+    from blockemu.drivers.registry import Opener
+    from blockemu.loop.aio_context import AioContext
+    from blockemu.loop.host_file import HostFile
+
+
+class RequestFlags(enum.IntFlag):
+    """How a write, write-zeroes or discard is to be carried out."""
+
+    NONE = 0
+    FUA = 1
+    """On stable storage before it is acknowledged."""
+    MAY_UNMAP = 2
+    """Zeroes may be a hole: the space need not stay allocated."""
+    NO_FALLBACK = 4
+    """Fail with ENOTSUP sooner than write zero bytes the slow way."""
+
+
+class BlockStatus(NamedTuple):
+    """What the bytes from an offset on are, as this node's own layer sees them.
+
+    `allocated` False means that this layer doesn't hold them and its backing file shows through;
+    `zero` that they read as zeroes; `data` that they take space in this layer. `host_offset` is
+    where they lie in `file` when they lie there unchanged.
+    """
+
+    length: int
+    data: bool
+    zero: bool
+    allocated: bool = True
+    host_offset: int | None = None
+    file: str | None = None
+
+
+class BlockDriver(ABC):
+    """Base of all drivers. Context: every method runs in the home thread of `node.ctx`."""
+
+    name: ClassVar[str]
+    is_protocol: ClassVar[bool] = False
+    """At the bottom of the graph: reads past its end are zeroes, writes past it make it grow."""
+    supports_fua: ClassVar[bool] = False
+    """`pwritev` and `pwrite_zeroes` honour FUA themselves; otherwise the node flushes."""
+
+    host_file: HostFile | None = None
+    """The host file whose bytes are this node's bytes, offset by offset, where there is one."""
+
+    def __init__(self, node: BlockDriverState) -> None:
+        self.node = node
+
+    @classmethod
+    @abstractmethod
+    async def open(cls, node: BlockDriverState, options: dict[str, Any], opener: Opener) -> Self:
+        """Open the driver for `node`, taking (popping) what it knows from `options`.
+
+        What is left in `options` afterwards is refused by the caller as unknown.
+        Raises: ImageError.
+        """
+
+    @property
+    def request_alignment(self) -> int:
+        """Bytes; a power of two. Offsets and lengths handed in are multiples of it, but for the
+        end of a write at or past the end of a protocol node, which may be any byte."""
+        return 1
+
+    @property
+    @abstractmethod
+    def length_bytes(self) -> int:
+        """Size of the device in bytes, now."""
+
+    @abstractmethod
+    async def preadv(self, offset: int, view: memoryview) -> None:
+        """Fill all of `view` with the bytes from `offset` on. Raises: OSError."""
+
+    @abstractmethod
+    async def pwritev(self, offset: int, view: memoryview, flags: RequestFlags) -> None:
+        """Write all of `view` at `offset`. Raises: OSError."""
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: RequestFlags) -> None:
+        """Make the range read as zeroes without being handed them.
+
+        Raises: OSError(ENOTSUP) where there is no such way; the node then writes zero bytes.
+        """
+        raise io_error(errno.ENOTSUP, f"driver {self.name} has no write zeroes")
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        """Take note that nobody needs these bytes any more. The default forgets the hint."""
+        return
+
+    async def flush(self) -> None:
+        """All writes that were acknowledged before are on stable storage when this returns."""
+        return
+
+    async def block_status(self, offset: int, length: int) -> BlockStatus:
+        """Describe the bytes from `offset`: at least one, at most `length`."""
+        return BlockStatus(length, data=True, zero=False)
+
+    async def truncate(self, length: int, *, preallocation: str = "off") -> None:
+        """Change the size to `length` bytes. Raises: OSError(ENOTSUP) where it can't be."""
+        raise io_error(errno.ENOTSUP, f"driver {self.name} can't be resized")
+
+    async def close(self) -> None:
+        """Let go of everything. The node is quiet and flushed; children are closed by the node."""
+        return
+
+    def set_permissions(self, perm: Permission, shared: Permission) -> None:
+        """What all parents together do (`perm`) and tolerate (`shared`) has changed.
+
+        Raises: ImageError, when the host refuses (an image lock); the old state then holds.
+        """
+        return
+
+    def attach_aio_context(self, ctx: AioContext) -> None:
+        """The node now belongs to `ctx`; runs in its home thread."""
+        return
+
+    def detach_aio_context(self) -> None:
+        """The node is about to leave its context, and is quiet; runs in the old home thread."""
+        return
+
+    def direct_map(self) -> DirectMap | None:
+        """The driver's direct map (direct_map.py), or None if every request must come by here."""
+        return None
+
+    def info(self) -> dict[str, Any]:
+        """Facts of the format for `img info` and queries, under the field's own names."""
+        return {}

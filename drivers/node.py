@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BlockDriverState: a node of the block graph, and the one way to call a driver.
+
+Every request on every driver goes through here. What a driver may rely on is made true in this
+file and nowhere else: the caller is in the node's home thread, the range is inside the device, the
+node may be written, offsets and lengths are multiples of the driver's `request_alignment`, an
+unaligned write is a read-modify-write that no other write overlaps, write-zeroes that the driver
+can't do become written zeroes, FUA becomes a flush where the driver knows none, and `in_flight`
+says how many requests are under way, so that a drained section (drain.py) can wait for none.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from blockemu.drivers.child import BdrvChild, Permission
+from blockemu.drivers.driver import BlockDriver, BlockStatus, RequestFlags
+from blockemu.drivers.errors import ImageError, io_error
+from blockemu.drivers.request import RequestTracker
+from blockemu.loop.sync import WaitQueue
+
+if TYPE_CHECKING:
+    from blockemu.drivers.direct_map import DirectMap
+    from blockemu.loop.aio_context import AioContext
+
+OFFSET_MAX = 2**63 - 1
+"""Largest byte offset of a host file (off_t)."""
+
+ZERO_WRITE_MAX = 1024 * 1024
+"""Bytes of zeroes written at once where a driver can't write zeroes: bounds the buffer."""
+
+
+class BlockDriverState:
+    """A node: a driver, its children, its parents, and the AioContext all their requests run in."""
+
+    def __init__(self, node_name: str, *, ctx: AioContext, read_only: bool) -> None:
+        self.node_name = node_name
+        self.ctx = ctx
+        self.read_only = read_only
+        self.driver: BlockDriver
+        self.children: dict[str, BdrvChild] = {}
+        self.parents: list[BdrvChild] = []
+        self.filename: str | None = None
+        """The host path of a file, or of the file below a format: what messages name."""
+        self.backing_names: frozenset[str] = frozenset()
+        """Host files at or above this node in its backing chain, against cycles."""
+        self.file_options: dict[str, Any] = {}
+        """How this node's file was opened (aio, cache), for backing files to inherit."""
+        self.force_share = False
+        """Opened without image locks: others may write meanwhile (`img info -U`)."""
+        self.on_closed: Callable[[], object] = lambda: None
+        self.in_flight = 0
+        self.mapped_by: list[DirectMap] = []
+        """Direct maps that point into this node's host file, past this node."""
+        self._tracker = RequestTracker()
+        self._idle = WaitQueue()
+
+    def __repr__(self) -> str:
+        return f"<BlockDriverState {self.node_name} in {self.ctx.name}>"
+
+    @property
+    def length_bytes(self) -> int:
+        return self.driver.length_bytes
+
+    # --- requests; all in the home thread of `ctx` ---
+
+    async def preadv(self, offset: int, view: memoryview) -> None:
+        """Fill `view` with the bytes from `offset`. Any alignment.
+
+        Suspends: while I/O is under way. Raises: OSError (EIO past the end of a format node).
+        """
+        length = len(view)
+        self._check_range(offset, length)
+        if not length:
+            return
+        self.in_flight += 1
+        try:
+            mask = self.driver.request_alignment - 1
+            if (offset | length) & mask:
+                await self._read_unaligned(offset, view, mask)
+            else:
+                await self.driver.preadv(offset, view)
+        finally:
+            self._leave()
+
+    async def pwritev(
+        self, offset: int, view: memoryview, flags: RequestFlags = RequestFlags.NONE
+    ) -> None:
+        """Write `view` at `offset`. Any alignment. Past the end of a protocol node it grows.
+
+        Suspends: while I/O is under way, or older writes must finish first.
+        Raises: OSError (EPERM on a read-only node, ENOSPC, EIO).
+        """
+        length = len(view)
+        self._check_write(offset, length)
+        self.in_flight += 1
+        try:
+            mask = self.driver.request_alignment - 1
+            if not length:
+                pass
+            elif not mask:
+                await self._write_aligned(offset, view, flags)
+            elif (offset | length) & mask:
+                await self._write_unaligned(offset, view, flags, mask)
+            else:
+                request = await self._tracker.begin(offset, offset + length)
+                try:
+                    await self._write_aligned(offset, view, flags)
+                finally:
+                    self._tracker.end(request)
+            if flags & RequestFlags.FUA and not self.driver.supports_fua:
+                await self.driver.flush()
+        finally:
+            self._leave()
+
+    async def pwrite_zeroes(
+        self, offset: int, length: int, flags: RequestFlags = RequestFlags.NONE
+    ) -> None:
+        """Make `length` bytes at `offset` read as zeroes, by the cheapest way the driver has.
+
+        Suspends: while I/O is under way.
+        Raises: OSError (ENOTSUP with NO_FALLBACK where zero bytes would have to be written).
+        """
+        self._check_write(offset, length)
+        self.in_flight += 1
+        try:
+            if length:
+                await self._zero_range(offset, length, flags)
+            if flags & RequestFlags.FUA and not self.driver.supports_fua:
+                await self.driver.flush()
+        finally:
+            self._leave()
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        """Nobody needs these bytes any more. Only whole blocks of the driver are passed on."""
+        self._check_write(offset, length)
+        mask = self.driver.request_alignment - 1
+        start = (offset + mask) & ~mask
+        end = (offset + length) & ~mask
+        if start >= end:
+            return
+        self.in_flight += 1
+        try:
+            if mask:
+                request = await self._tracker.begin(start, end)
+                try:
+                    await self.driver.pdiscard(start, end - start)
+                finally:
+                    self._tracker.end(request)
+            else:
+                await self.driver.pdiscard(start, end - start)
+        finally:
+            self._leave()
+
+    async def flush(self) -> None:
+        """Every write acknowledged before this call is on stable storage when it returns."""
+        assert self.ctx.is_home(), self
+        if self.read_only:
+            return
+        self.in_flight += 1
+        try:
+            await self.driver.flush()
+        finally:
+            self._leave()
+
+    async def block_status(self, offset: int, length: int) -> BlockStatus:
+        """What the bytes from `offset` are in this node's layer: at least one byte of them."""
+        self._check_range(offset, length)
+        assert length > 0
+        self.in_flight += 1
+        try:
+            return await self.driver.block_status(offset, length)
+        finally:
+            self._leave()
+
+    async def truncate(self, length: int, *, preallocation: str = "off") -> None:
+        """Change the device's size to `length` bytes."""
+        self._check_write(0, 0)
+        self.in_flight += 1
+        try:
+            await self.driver.truncate(length, preallocation=preallocation)
+        finally:
+            self._leave()
+
+    # --- what the driver may rely on ---
+
+    def _check_range(self, offset: int, length: int) -> None:
+        assert self.ctx.is_home(), self
+        end = offset + length
+        if offset < 0 or end > OFFSET_MAX:
+            raise io_error(errno.EINVAL, f"{self.node_name}: bytes {offset}+{length}")
+        if end > self.driver.length_bytes and not self.driver.is_protocol:
+            raise io_error(errno.EIO, f"{self.node_name}: bytes {offset}+{length} past the end")
+
+    def _check_write(self, offset: int, length: int) -> None:
+        self._check_range(offset, length)
+        if self.read_only:
+            raise io_error(errno.EPERM, f"{self.node_name} is read-only")
+
+    def _leave(self) -> None:
+        self.in_flight -= 1
+        if not self.in_flight:
+            self._idle.wake_all()
+
+    async def wait_idle(self) -> None:
+        """Suspends: until no request is in flight. Keeping new ones out is the caller's part."""
+        while self.in_flight:
+            await self._idle.wait()
+
+    async def _write_aligned(self, offset: int, view: memoryview, flags: RequestFlags) -> None:
+        if not self.driver.supports_fua:
+            flags &= ~RequestFlags.FUA
+        await self.driver.pwritev(offset, view, flags)
+
+    async def _read_unaligned(self, offset: int, view: memoryview, mask: int) -> None:
+        start = offset & ~mask
+        end = (offset + len(view) + mask) & ~mask
+        buffer = self.ctx.buffers.take(end - start)
+        try:
+            await self.driver.preadv(start, buffer.view[: end - start])
+            view[:] = buffer.view[offset - start : offset - start + len(view)]
+        finally:
+            self.ctx.buffers.give(buffer)
+
+    async def _write_unaligned(
+        self, offset: int, view: memoryview, flags: RequestFlags, mask: int
+    ) -> None:
+        """Read, modify, write: alone on the blocks that it touches, direct maps included."""
+        start = offset & ~mask
+        end = (offset + len(view) + mask) & ~mask
+        request = await self._tracker.begin(start, end, serialising=True)
+        maps = list(self.mapped_by)
+        for direct_map in maps:
+            direct_map.hold()
+        try:
+            for direct_map in maps:
+                await direct_map.wait_idle()
+            await self._read_modify_write(start, end, offset, view, flags, mask)
+        finally:
+            for direct_map in maps:
+                direct_map.release()
+            self._tracker.end(request)
+
+    async def _read_modify_write(
+        self, start: int, end: int, offset: int, view: memoryview, flags: RequestFlags, mask: int
+    ) -> None:
+        true_end = offset + len(view)
+        buffer = self.ctx.buffers.take(end - start)
+        try:
+            bounce = buffer.view[: end - start]
+            last_block = end - mask - 1
+            if offset > start:
+                await self.driver.preadv(start, bounce[: mask + 1])
+            if true_end < end:
+                if true_end >= self.driver.length_bytes:
+                    end = true_end  # nothing behind it to keep: the device ends here, to the byte
+                elif last_block > start or offset == start:
+                    await self.driver.preadv(last_block, bounce[last_block - start :])
+            bounce[offset - start : true_end - start] = view
+            await self._write_aligned(start, bounce[: end - start], flags)
+        finally:
+            self.ctx.buffers.give(buffer)
+
+    async def _zero_range(self, offset: int, length: int, flags: RequestFlags) -> None:
+        """Whole blocks by the driver's write zeroes, the ragged ends by writing zero bytes."""
+        mask = self.driver.request_alignment - 1
+        end = offset + length
+        start_whole = min((offset + mask) & ~mask, end)
+        end_whole = max(end & ~mask, start_whole)
+        if offset < start_whole:
+            await self._write_zero_bytes(offset, start_whole, flags)
+        if start_whole < end_whole:
+            request = await self._tracker.begin(start_whole, end_whole) if mask else None
+            try:
+                done = await self._try_driver_zeroes(start_whole, end_whole, flags)
+            finally:
+                if request is not None:
+                    self._tracker.end(request)
+            if not done:
+                await self._write_zero_bytes(start_whole, end_whole, flags)
+        if end_whole < end:
+            await self._write_zero_bytes(end_whole, end, flags)
+
+    async def _try_driver_zeroes(self, start: int, end: int, flags: RequestFlags) -> bool:
+        driver_flags = flags if self.driver.supports_fua else flags & ~RequestFlags.FUA
+        try:
+            await self.driver.pwrite_zeroes(start, end - start, driver_flags)
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
+                raise
+            if flags & RequestFlags.NO_FALLBACK:
+                raise
+            return False
+        return True
+
+    async def _write_zero_bytes(self, start: int, end: int, flags: RequestFlags) -> None:
+        size = min(end - start, ZERO_WRITE_MAX)
+        buffer = self.ctx.buffers.take(size)
+        try:
+            buffer.view[:size] = bytes(size)
+            while start < end:
+                part = min(size, end - start)
+                await self.pwritev(start, buffer.view[:part], flags)
+                start += part
+        finally:
+            self.ctx.buffers.give(buffer)
+
+    # --- the graph; main context, node quiet or not yet in use ---
+
+    def attach_child(self, child: BdrvChild) -> None:
+        """Make `child` an edge of this node. Raises: ImageError, if permissions forbid it."""
+        assert child.parent is self
+        assert child.name not in self.children, child.describe()
+        child.node.add_parent(child)
+        self.children[child.name] = child
+
+    def add_parent(self, edge: BdrvChild) -> None:
+        """Enter `edge` as one more parent, if what it does and forbids suits the others."""
+        for other in self.parents:
+            for mine, theirs in ((edge, other), (other, edge)):
+                clash = mine.perm & ~theirs.shared
+                if clash:
+                    raise ImageError(
+                        self.node_name,
+                        f"{mine.describe()} needs {clash!r}, which {theirs.describe()} forbids",
+                    )
+        self.parents.append(edge)
+        try:
+            self._refresh_permissions()
+        except BaseException:
+            self.parents.remove(edge)
+            raise
+
+    def remove_parent(self, edge: BdrvChild) -> None:
+        """`edge` is gone. The node isn't closed by this; see `close`."""
+        self.parents.remove(edge)
+        if self.parents:
+            self._refresh_permissions()
+
+    def _refresh_permissions(self) -> None:
+        perm, shared = Permission.NONE, Permission.ALL
+        for edge in self.parents:
+            perm |= edge.perm
+            shared &= edge.shared
+        self.driver.set_permissions(perm, shared)
+
+    async def close(self) -> None:
+        """Close the node and every child that no other parent holds. Quiet, flushed or read-only.
+
+        Raises: nothing; a failing close of the host is of no use to anybody.
+        """
+        assert not self.parents, self
+        assert not self.in_flight, self
+        await self.driver.close()
+        await self.close_children()
+        self.on_closed()
+
+    async def close_children(self) -> None:
+        """Let go of all children, and close those that nobody else holds."""
+        for edge in list(self.children.values()):
+            edge.node.remove_parent(edge)
+            if not edge.node.parents:
+                await edge.node.close()
+        self.children.clear()
+
+    def subtree(self) -> list[BlockDriverState]:
+        """This node and all below it, parents before children, each once."""
+        found: dict[int, BlockDriverState] = {}
+        pending = [self]
+        while pending:
+            node = pending.pop(0)
+            if id(node) not in found:
+                found[id(node)] = node
+                pending.extend(edge.node for edge in node.children.values())
+        return list(found.values())

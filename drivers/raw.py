@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""raw: the bytes of the file below, as they are, or a window of them."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any, Self
+
+from blockemu.drivers.child import BdrvChild, Role
+from blockemu.drivers.direct_map import WHOLE_DEVICE_BITS, DirectMap
+from blockemu.drivers.driver import BlockDriver, BlockStatus, RequestFlags
+from blockemu.drivers.errors import ImageError, io_error
+from blockemu.drivers.node import BlockDriverState
+from blockemu.drivers.options import take_size
+from blockemu.drivers.registry import Opener
+
+
+class RawDriver(BlockDriver):
+    """Options: `file`; `offset` and `size` in bytes: where the window begins, how long it is."""
+
+    name = "raw"
+    supports_fua = True
+
+    def __init__(self, node: BlockDriverState, file: BdrvChild, offset: int, size: int | None):
+        super().__init__(node)
+        self._file = file
+        self._offset = offset
+        self._size = size
+        self._map: DirectMap | None = None
+
+    @classmethod
+    async def open(cls, node: BlockDriverState, options: dict[str, Any], opener: Opener) -> Self:
+        perm, shared = opener.file_permissions(node)
+        file = await opener.open_child(
+            node, "file", options.pop("file", None), role=Role.DATA, perm=perm, shared=shared
+        )
+        name = node.filename or node.node_name
+        offset = take_size(name, options, "offset", 0)
+        size = take_size(name, options, "size", None)
+        available = file.length_bytes - offset
+        if available < 0 or (size is not None and size > available):
+            raise ImageError(
+                name,
+                f"offset {offset} and size {size} reach past its end at {file.length_bytes}",
+            )
+        if offset and size is None:
+            size = available
+        return cls(node, file, offset, size)
+
+    @property
+    def length_bytes(self) -> int:
+        return self._file.length_bytes if self._size is None else self._size
+
+    async def preadv(self, offset: int, view: memoryview) -> None:
+        await self._file.preadv(self._offset + offset, view)
+
+    async def pwritev(self, offset: int, view: memoryview, flags: RequestFlags) -> None:
+        await self._file.pwritev(self._offset + offset, view, flags)
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: RequestFlags) -> None:
+        await self._file.pwrite_zeroes(self._offset + offset, length, flags)
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        await self._file.pdiscard(self._offset + offset, length)
+
+    async def flush(self) -> None:
+        await self._file.flush()
+
+    async def block_status(self, offset: int, length: int) -> BlockStatus:
+        return await self._file.block_status(self._offset + offset, length)
+
+    async def truncate(self, length: int, *, preallocation: str = "off") -> None:
+        if self._size is not None:
+            raise io_error(errno.ENOTSUP, "a window of a file (offset, size) can't be resized")
+        self.drop_direct_map()
+        await self._file.truncate(length, preallocation=preallocation)
+
+    def direct_map(self) -> DirectMap | None:
+        below = self._file.node.driver
+        if self._map is None and below.host_file is not None:
+            alignment = below.host_file.request_alignment
+            if self._offset & (alignment - 1):
+                return None
+            length = self.length_bytes
+            self._map = DirectMap(below.host_file, page_bits=WHOLE_DEVICE_BITS, length=length)
+            self._map.publish(0, self._offset, writable=not self.node.read_only)
+            self._file.node.mapped_by.append(self._map)
+        return self._map
+
+    def drop_direct_map(self) -> None:
+        """Forget the map, which was made for the old size; the next user gets a new one."""
+        if self._map is not None:
+            self._map.hold()  # whoever still has it misses from now on
+            self._file.node.mapped_by.remove(self._map)
+            self._map = None
