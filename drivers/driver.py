@@ -78,6 +78,16 @@ class BlockDriver(ABC):
         Raises: ImageError.
         """
 
+    @classmethod
+    def recognises(cls, start: bytes) -> bool:
+        """Whether an image that begins with `start` is of this format, as far as that tells."""
+        return False
+
+    @classmethod
+    def names_other_file(cls, start: bytes) -> str | None:
+        """A file that an image beginning with `start` would make us open as well, or None."""
+        return None
+
     @property
     def request_alignment(self) -> int:
         """Bytes; a power of two. Offsets and lengths handed in are multiples of it, but for the

@@ -276,18 +276,19 @@ class Opener:
         Raises: ImageError: unreadable, or it names other files, which a probed format may not.
         """
         start = await self._first_bytes(path)
-        if probe_format(start) == "raw":
-            return "raw"
-        from blockemu.drivers.qcow2.header import names_other_files
-
-        other = names_other_files(start)
-        if other is not None:
-            raise ImageError(
-                path,
-                f"names another file, '{other}', and its format was only guessed: say -f qcow2 to "
-                "open both, or -f raw to use the bytes as they are",
-            )
-        return "qcow2"
+        for fmt in self.drivers.names():
+            driver = self.drivers.find(fmt)
+            if driver is None or not driver.recognises(start):
+                continue
+            other = driver.names_other_file(start)
+            if other is not None:
+                raise ImageError(
+                    path,
+                    f"names another file, '{other}', and its format was only guessed: say "
+                    f"-f {fmt} to open both, or -f raw to use the bytes as they are",
+                )
+            return fmt
+        return "raw"
 
     async def _first_bytes(self, path: str) -> bytes:
         try:
@@ -303,8 +304,3 @@ class Opener:
             raise ImageError.from_os_error(path, error) from error
         finally:
             file.close()
-
-
-def probe_format(first_bytes: bytes) -> str:
-    """`qcow2` by its magic, else `raw`."""
-    return "qcow2" if first_bytes[:4] == b"QFI\xfb" else "raw"
