@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# make serve          serve a demo image on nbd://localhost:10809/ (IMAGE=, PORT=, ARGS=)
+# make test           every test; installs what they need first (ARGS= goes to pytest)
+# make check          the quick ones: unit, contract and tidy tests, in under a minute
+# make lint types     ruff; mypy --strict on an installed copy
+# make bench          against qemu-storage-daemon and nbdkit (ARGS=)
+# make image          a container image; make image-test also runs the daemon from it
+# make clean          remove what the others made
+#
+# PYTHON=/path/to/python chooses the interpreter, 3.11 or newer.
+
+.SUFFIXES:
+.PHONY: help serve bootstrap test check lint format types bench image image-test clean
+
+export PYTHON
+VENV = .venv/bin
+ARGS =
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+serve:
+	@tools/serve-demo $(ARGS)
+
+bootstrap:
+	@tools/bootstrap test
+
+test: bootstrap
+	$(VENV)/python -m pytest $(ARGS)
+
+check: bootstrap
+	$(VENV)/python -m pytest -q -m 'not slow and not root and not guest' tests/unit tests/tidy \
+		$$(ls -d tests/contract 2>/dev/null) $(ARGS)
+
+lint: bootstrap
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+
+format: bootstrap
+	$(VENV)/ruff check --fix .
+	$(VENV)/ruff format .
+
+# What a user of the package gets, not what lies here: a module that isn't packaged or a py.typed
+# that is missing shows up. setuptools would also install what an earlier build left in build/lib.
+types: bootstrap
+	rm -rf build/lib build/bdist.* build/types
+	$(VENV)/python -m pip install -q --no-deps --target build/types .
+	cd build/types && ../../$(VENV)/mypy --config-file ../../pyproject.toml -p blockemu
+
+bench: bootstrap
+	$(VENV)/python -m benchmarks $(ARGS)
+
+image:
+	@tools/image build
+
+image-test:
+	@tools/image test
+
+clean:
+	rm -rf .venv build dist *.egg-info demo.qcow2 .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f loop/*.so loop/_libaio.c loop/_libaio.o
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
