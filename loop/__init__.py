@@ -1,2 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floor 1: the event loop, coroutines, threads, and host file I/O. It knows nothing of blocks."""
+"""Floor 1: the event loop, coroutines, threads, and host file I/O. It knows nothing of blocks.
+
+Where to start reading: `aio_context` says what a round is; `bottom_half`, `timer`, `fd_handlers`
+and `coroutine` are its parts; `poller` and `clock` are its seams. `iothread` runs a context in a
+thread of its own, `main_context` runs several in one. The names below are the public face; the
+parts for host files are imported from their own modules (`host_file`, `memory_file`, `buffers`,
+`linux_aio`).
+"""
+
+from __future__ import annotations
+
+from blockemu.loop.aio_context import AioContext
+from blockemu.loop.bottom_half import BH
+from blockemu.loop.clock import Clock, ClockType, HostClock, MonotonicClock, VirtualClock
+from blockemu.loop.coroutine import (
+    Cancelled,
+    Future,
+    NotDoneError,
+    Task,
+    current_task,
+    run_in_context,
+    settled,
+)
+from blockemu.loop.event_notifier import EventNotifier
+from blockemu.loop.iothread import IOThread
+from blockemu.loop.poller import EpollPoller, MemoryPoller, Poller, SleepsForeverError
+from blockemu.loop.source import PollFD, Source
+from blockemu.loop.sync import Event, Mutex, Semaphore, WaitQueue, gather, sleep_ns, yield_now
+from blockemu.loop.thread_pool import ThreadPool
+from blockemu.loop.timer import Timer
+
+__all__ = [
+    "BH",
+    "AioContext",
+    "Cancelled",
+    "Clock",
+    "ClockType",
+    "EpollPoller",
+    "Event",
+    "EventNotifier",
+    "Future",
+    "HostClock",
+    "IOThread",
+    "MemoryPoller",
+    "MonotonicClock",
+    "Mutex",
+    "NotDoneError",
+    "PollFD",
+    "Poller",
+    "Semaphore",
+    "SleepsForeverError",
+    "Source",
+    "Task",
+    "ThreadPool",
+    "Timer",
+    "VirtualClock",
+    "WaitQueue",
+    "current_task",
+    "gather",
+    "run_in_context",
+    "settled",
+    "sleep_ns",
+    "yield_now",
+]

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ThreadPool: calls that block (fdatasync, fallocate, a read that misses the page cache), off the
+loop.
+
+Waking a thread is what costs here (40-50 us; the job itself is often shorter), so the pool is built
+to do little of it:
+
+- Threads are started on demand, when a job finds no idle worker, up to `workers_max`; a worker that
+  has had nothing to do for `IDLE_TIMEOUT_S` ends.
+- A worker that finishes takes the next job without sleeping. If more jobs are queued than workers
+  are idle, and no more workers may be started, it takes several at a time and delivers them
+  together.
+- Completions collect in a list; one BH, scheduled once per batch, delivers all that are in it. It
+  writes to the eventfd only if the loop sleeps.
+
+Who is idle is counted with tokens in a deque, whose appends and pops are atomic: a worker lays one
+down before it sleeps, a submitter takes one away for the job that will wake it. Counting can be off
+while a busy worker snatches the job of a sleeping one; then the pool has one thread more than it
+needs, which the time-out mends.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from blockemu.loop.coroutine import Future
+
+if TYPE_CHECKING:
+    from blockemu.loop.aio_context import AioContext
+
+T = TypeVar("T")
+
+WORKERS_MAX = 16
+"""As many requests as a disk's queue is usually worth; each thread costs a stack."""
+
+BATCH_MAX = 8
+"""Jobs that a worker takes at once: the first of a batch waits for the last to be delivered."""
+
+IDLE_TIMEOUT_S = 10.0
+"""How long a worker waits for its next job before it ends."""
+
+
+class _Job:
+    __slots__ = ("args", "done", "fn", "result")
+
+    def __init__(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], done: Callable[[Any], None]
+    ) -> None:
+        self.fn = fn
+        self.args = args
+        self.done = done
+        self.result: Any = None
+
+    def run(self) -> None:
+        try:
+            self.result = self.fn(*self.args)
+        except BaseException as error:
+            self.result = error
+
+
+class ThreadPool:
+    """Worker threads of one context. Context: its home thread; jobs run in workers."""
+
+    def __init__(
+        self,
+        ctx: AioContext,
+        *,
+        workers_max: int = WORKERS_MAX,
+        idle_timeout_s: float = IDLE_TIMEOUT_S,
+    ) -> None:
+        assert workers_max > 0, "a pool needs a worker"
+        self._ctx = ctx
+        self._workers_max = workers_max
+        self._idle_timeout_s = idle_timeout_s
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._idle: deque[None] = deque()
+        self._workers: set[threading.Thread] = set()
+        self._started_count = 0
+        self._completed: deque[_Job] = deque()
+        self._bh = ctx.new_bh(self._deliver, name="thread pool")
+        self._closed = False
+
+    @property
+    def workers_count(self) -> int:
+        """How many threads there are now."""
+        return len(self._workers)
+
+    def submit(
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        done: Callable[[Any], None],
+    ) -> None:
+        """Run `fn(*args)` in a worker, then `done(its result, or the exception it raised)` at home.
+
+        Jobs start in the order of submission and may finish in any.
+        Context: home thread.
+        """
+        assert not self._closed, "the thread pool is closed"
+        self._ctx.assert_home()
+        self._queue.put(_Job(fn, args, done))
+        try:
+            self._idle.pop()
+        except IndexError:
+            if len(self._workers) < self._workers_max:
+                self._start_worker()
+
+    async def run(self, fn: Callable[..., T], *args: Any) -> T:
+        """Run `fn(*args)` in a worker and return what it returns.
+
+        Suspends: until it has run. Shielded: a cancellation is delivered after that.
+        Raises: what `fn` raises.
+        """
+        future: Future[T] = Future(shielded=True)
+
+        def done(result: Any) -> None:
+            if isinstance(result, BaseException):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+        self.submit(fn, args, done)
+        return await future
+
+    def close(self) -> None:
+        """Let queued jobs run, end the workers, and deliver what they did. Twice is fine.
+
+        Context: home thread. It blocks for as long as the jobs take.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        workers = list(self._workers)
+        for _ in workers:
+            self._queue.put(None)
+        for worker in workers:
+            worker.join()
+        self._deliver()
+        self._bh.delete()
+
+    def _start_worker(self) -> None:
+        self._started_count += 1
+        worker = threading.Thread(
+            target=self._work, name=f"{self._ctx.name}-worker-{self._started_count}", daemon=True
+        )
+        self._workers.add(worker)
+        worker.start()
+
+    def _deliver(self) -> None:
+        completed = self._completed
+        for _ in range(len(completed)):
+            job = completed.popleft()
+            try:
+                job.done(job.result)
+            except Exception as error:
+                self._ctx.exception_handler(f"completion of {job.fn!r}", error)
+
+    # In the workers
+
+    def _work(self) -> None:
+        while True:
+            batch, last = self._take_batch()
+            for job in batch:
+                job.run()
+            if batch:
+                self._completed.extend(batch)
+                self._bh.schedule()
+                batch.clear()
+            if last:
+                self._workers.discard(threading.current_thread())
+                return
+
+    def _take_batch(self) -> tuple[list[_Job], bool]:
+        """Jobs to run now, and whether the worker is to end after them."""
+        try:
+            job = self._queue.get_nowait()
+        except queue.Empty:
+            self._idle.append(None)
+            try:
+                job = self._queue.get(timeout=self._idle_timeout_s)
+            except queue.Empty:
+                return [], self._leave_idle()
+        if job is None:
+            return [], True
+        batch = [job]
+        for _ in range(self._extra_jobs()):
+            try:
+                job = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if job is None:
+                return batch, True
+            batch.append(job)
+        return batch, False
+
+    def _leave_idle(self) -> bool:
+        """Take a token back. Without one, a submitter has taken it, and a job is coming."""
+        try:
+            self._idle.pop()
+        except IndexError:
+            return False
+        return True
+
+    def _extra_jobs(self) -> int:
+        """This worker's share of a queue that all workers together can't take one by one."""
+        if self._idle or len(self._workers) < self._workers_max:
+            return 0
+        return min(BATCH_MAX - 1, self._queue.qsize() // self._workers_max)
