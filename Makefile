@@ -51,11 +51,11 @@ types: bootstrap
 bench: bootstrap
 	$(VENV)/python -m benchmarks $(ARGS)
 
-image:
-	@tools/image build
+image: bootstrap
+	@$(VENV)/python tools/image.py build
 
-image-test:
-	@tools/image test
+image-test: bootstrap
+	@$(VENV)/python tools/image.py test
 
 clean:
 	rm -rf .venv build dist *.egg-info demo.qcow2 .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write something that can be seen into the demo image: `tools/fill_demo.py IMAGE`.
 
-The first line of the disk is a greeting in plain text. From there on it is an ext4 filesystem, where
-mke2fs is installed (ext4 leaves its first KiB alone, so both fit), that holds this project's README.
+The first line of the disk is a greeting in plain text. From there on it is an ext4 filesystem with
+this project's README, where mke2fs is installed (ext4 leaves its first KiB alone, so both fit).
 The script is also the shortest example of opening an image without the daemon.
 """
 
@@ -56,9 +56,7 @@ async def copy(source: Path, backend: BlockBackend) -> None:
 async def fill(image: str, ctx: AioContext) -> None:
     """Open `image`, fill it, close it."""
     opener = Opener(files=PosixFiles(), ctx=ctx)
-    node = await opener.open_image(
-        image, fmt="qcow2", read_only=False, direct=False, aio="threads"
-    )
+    node = await opener.open_image(image, fmt="qcow2", read_only=False, direct=False, aio="threads")
     backend = BlockBackend("demo", node, writable=True)
     try:
         with tempfile.TemporaryDirectory() as folder:
