@@ -91,7 +91,8 @@ class BlockDriver(ABC):
     @property
     def request_alignment(self) -> int:
         """Bytes; a power of two. Offsets and lengths handed in are multiples of it, but for the
-        end of a write at or past the end of a protocol node, which may be any byte."""
+        end of a write that reaches the end of the device, which may be any byte. A read of the
+        last block may reach past the end by less than a block: zeroes, then."""
         return 1
 
     @property

@@ -186,8 +186,4 @@ def _open_host_file(
     try:
         return opener.files.open(filename, read_only=read_only, direct=direct, aio=aio)
     except OSError as error:
-        if error.errno == errno.EINVAL and direct:
-            raise ImageError(
-                filename, "its filesystem has no O_DIRECT; use --cache writeback (cache.direct=off)"
-            ) from error
         raise ImageError.from_os_error(filename, error) from error
