@@ -3,12 +3,13 @@
 
 O_DIRECT wants memory that starts on a block boundary, which only a mapping gives in Python. A fresh
 mapping costs a system call and a page fault for each 4 KiB, so buffers come back to a pool and go
-out again last in, first out: the one that went out last is the one that the CPU's cache still holds.
+out again last in, first out: the one that went out last is the one that the CPU's cache still
+holds.
 
 Classes are powers of two from a page to 32 MiB (the largest request of the NBD protocol's default).
-A class is kept as a stack; what the stacks hold together is bounded, and a buffer that would go over
-the bound is dropped, which unmaps it. A request over 32 MiB gets a mapping of its own length and the
-pool never keeps it.
+A class is kept as a stack; what the stacks hold together is bounded, and a buffer that would go
+over the bound is dropped, which unmaps it. A request over 32 MiB gets a mapping of its own length
+and the pool never keeps it.
 
 A slab with a free list would waste less on odd sizes; requests are powers of two nearly always, so
 it would buy nothing here.
@@ -80,10 +81,7 @@ class BufferPool:
     def give(self, buffer: Buffer) -> None:
         """Takes a buffer back. Nobody may use it, or a slice of it, any more."""
         capacity = buffer.capacity
-        if (
-            capacity > CLASS_BYTES_MAX
-            or self.retained_bytes + capacity > self.retained_bytes_max
-        ):
+        if capacity > CLASS_BYTES_MAX or self.retained_bytes + capacity > self.retained_bytes_max:
             return  # dropped: the mapping goes with the last reference
         self.retained_bytes += capacity
         self._idle[capacity.bit_length() - 1 - _FIRST_CLASS].append(buffer)
