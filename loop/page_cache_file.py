@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files through the kernel's page cache.
+
+A hit in the cache costs a system call and a copy, about a microsecond; waking a worker costs forty.
+So whatever can't block is done on the spot:
+
+- reads with RWF_NOWAIT, which returns what the cache has and else EAGAIN; only the rest goes to a
+  worker. A short answer isn't trusted to be the end of the file (some kernels have answered so for
+  pages on their way), a worker finds that out.
+- on tmpfs and ramfs, which refuse the flag and never wait for a disk, everything, writes included.
+
+Writes on other filesystems always go to a worker: they may wait for a journal or for dirty pages to
+be written back, and no filesystem measured takes RWF_NOWAIT for buffered writes everywhere.
+
+Linux AIO isn't used here: with a file in the page cache io_submit itself does the waiting.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+from blockemu.loop._libaio import lib
+from blockemu.loop.blocking_io import read_fully, write_fully
+from blockemu.loop.file_engine import Done
+from blockemu.loop.posix_file import PosixFile
+
+T = TypeVar("T")
+
+TMPFS_MAGIC: Final = 0x01021994
+RAMFS_MAGIC: Final = 0x858458F6
+
+# Zeroing or freeing a MiB of tmpfs takes some 50 us, as long as waking a worker.
+INLINE_BYTES_MAX: Final = 1 << 20
+
+
+class PageCacheFile(PosixFile):
+    """Reads on the spot from the cache, where the filesystem knows RWF_NOWAIT; else in a worker."""
+
+    def __init__(self, fd: int, path: str, *, read_only: bool, inline: bool = True) -> None:
+        """`inline=False` sends everything to workers."""
+        super().__init__(fd, path, read_only=read_only, direct=False)
+        self._reads_nowait = inline and _takes_nowait(fd)
+
+    def start_read(self, offset: int, view: memoryview, done: Done) -> int | None:
+        got = 0
+        if self._reads_nowait:
+            try:
+                got = os.preadv(self._fd, (view,), offset, os.RWF_NOWAIT)
+                if got == len(view):
+                    return got
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    return -(error.errno or errno.EIO)
+                self._reads_nowait = False
+        self._read_in_worker(offset, view, got, done)
+        return None
+
+    def start_write(self, offset: int, view: memoryview, done: Done) -> int | None:
+        self._write_in_worker(offset, view, 0, done)
+        return None
+
+
+class MemoryFilesystemFile(PosixFile):
+    """A file on tmpfs or ramfs: nothing but very long calls ever leaves the loop.
+
+    Swapped-out pages are the exception; who swaps a disk image has asked for the wait.
+    """
+
+    writes_inline = True
+
+    def __init__(self, fd: int, path: str, *, read_only: bool) -> None:
+        super().__init__(fd, path, read_only=read_only, direct=False)
+
+    def start_read(self, offset: int, view: memoryview, done: Done) -> int | None:
+        try:
+            count = os.preadv(self._fd, (view,), offset)
+        except OSError as error:
+            return -(error.errno or errno.EIO)
+        return count if count == len(view) else read_fully(self._fd, view, offset)
+
+    def start_write(self, offset: int, view: memoryview, done: Done) -> int | None:
+        try:
+            count = os.pwrite(self._fd, view, offset)
+        except OSError as error:
+            return -(error.errno or errno.EIO)
+        return count if count == len(view) else write_fully(self._fd, view, offset)
+
+    async def flush(self) -> None:
+        """Nothing to do: there is no storage behind the cache."""
+
+    async def _call(self, length: int, work: Callable[..., T], *args: Any) -> T:
+        if length <= INLINE_BYTES_MAX:
+            return self._named(lambda: work(*args))
+        return await super()._call(length, work, *args)
+
+
+def is_memory_filesystem(fd: int) -> bool:
+    """Whether the file lies on tmpfs or ramfs."""
+    return lib.file_system_magic(fd) in (TMPFS_MAGIC, RAMFS_MAGIC)
+
+
+def _takes_nowait(fd: int) -> bool:
+    try:
+        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return True
