@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``make bench``: blockemu beside its alternatives, in one interleaved run."""

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run itself: every round every server gets its turn, in rotated order.
+
+On a shared virtual machine absolute numbers drift by tens of per cent within minutes. What holds
+is the ratio of two servers measured seconds apart, so ratios are formed within a round, and the
+median over the rounds is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks.contestants import Stand
+from benchmarks.cpu_clock import process_cpu_ns
+from benchmarks.workloads import Setting, Workload
+from tests.peers.fio import Fio
+from tests.peers.process import ServerFailed
+from tests.peers.qemu import ToolFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One server, one workload, one round."""
+
+    setting: str
+    workload: str
+    server: str
+    round: int
+    requests: int
+    iops: float
+    mb_per_s: float
+    cpu_us_per_request: float
+    p50_us: float
+    p99_us: float
+
+    def as_json(self) -> dict[str, Any]:
+        """A plain dictionary."""
+        return asdict(self)
+
+
+def rotated(stands: Sequence[Stand], turn: int) -> list[Stand]:
+    """The order of round `turn`: nobody always runs after the same neighbour's leftovers."""
+    shift = turn % len(stands)
+    return [*stands[shift:], *stands[:shift]]
+
+
+def measure_once(stand: Stand, workload: Workload, turn: int, runtime_s: float) -> Sample:
+    """One fio run against one server.
+
+    Raises: ServerFailed, ToolFailed.
+    """
+    with stand.serving() as (server, uri):
+        cpu_before = process_cpu_ns(server.pid)
+        found = Fio(uri).run(
+            pattern=workload.pattern,
+            block_bytes=workload.block_bytes,
+            depth=workload.depth,
+            runtime_s=runtime_s,
+            under_load=lambda: stand.note_peak_rss(server),
+        )
+        cpu_after = process_cpu_ns(server.pid)
+    return Sample(
+        setting=stand.setting.name,
+        workload=workload.name,
+        server=stand.contestant.name,
+        round=turn,
+        requests=found.requests,
+        iops=found.iops,
+        mb_per_s=found.bandwidth_bytes / 1e6,
+        cpu_us_per_request=(cpu_after - cpu_before) / 1000 / max(found.requests, 1),
+        p50_us=found.p50_us,
+        p99_us=found.p99_us,
+    )
+
+
+def run_setting(
+    setting: Setting,
+    stands: Sequence[Stand],
+    workloads: Sequence[Workload],
+    *,
+    rounds: int,
+    runtime_s: float,
+    complain: Callable[[str], None],
+) -> Iterator[Sample]:
+    """All workloads of one setting, interleaved; a server that fails is dropped with a word."""
+    alive = list(stands)
+    for workload in workloads:
+        for turn in range(rounds):
+            for stand in rotated(alive, turn):
+                try:
+                    yield measure_once(stand, workload, turn, runtime_s)
+                except (ServerFailed, ToolFailed) as error:
+                    line = str(error).splitlines()[0]
+                    complain(f"{setting.name}: {stand.contestant.name} is out: {line}")
+                    alive.remove(stand)
+            if not alive:
+                return
