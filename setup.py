@@ -31,7 +31,7 @@ def packages_below(package: str, folder: str) -> list[str]:
 setup(
     packages=[name for floor in FLOORS.items() for name in packages_below(*floor)],
     package_dir=FLOORS,
-    package_data={"blockemu": ["py.typed"]},
+    package_data={"": ["py.typed", "*.pyi"]},
     cffi_modules=[
         f"{script.relative_to(HERE)}:ffibuilder"
         for script in sorted((HERE / "loop").rglob("_*_build.py"))
