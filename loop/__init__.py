@@ -24,7 +24,9 @@ from blockemu.loop.coroutine import (
 )
 from blockemu.loop.event_notifier import EventNotifier
 from blockemu.loop.iothread import IOThread
+from blockemu.loop.main_context import MainContext, MainLoop
 from blockemu.loop.poller import EpollPoller, MemoryPoller, Poller, SleepsForeverError
+from blockemu.loop.signals import SignalWatcher
 from blockemu.loop.source import PollFD, Source
 from blockemu.loop.sync import Event, Mutex, Semaphore, WaitQueue, gather, sleep_ns, yield_now
 from blockemu.loop.thread_pool import ThreadPool
@@ -42,6 +44,8 @@ __all__ = [
     "Future",
     "HostClock",
     "IOThread",
+    "MainContext",
+    "MainLoop",
     "MemoryPoller",
     "MonotonicClock",
     "Mutex",
@@ -49,6 +53,7 @@ __all__ = [
     "PollFD",
     "Poller",
     "Semaphore",
+    "SignalWatcher",
     "SleepsForeverError",
     "Source",
     "Task",

@@ -292,6 +292,8 @@ class AioContext(Source):
         Context: home thread.
         """
         self._deferred.append(callback)
+        if self._notify_me:
+            self._notifier.set()  # Another source's prepare() called, after ours.
 
     def report_later(self, what: str, error: Exception) -> None:
         """Hand `error` to the exception handler in the next round, or log it after `close()`.

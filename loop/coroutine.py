@@ -396,9 +396,7 @@ def current_task() -> Task[Any] | None:
     return ctx._task if ctx is not None else None
 
 
-async def run_in_context(
-    ctx: AioContext, factory: Callable[[], Coroutine[Any, Any, T]]
-) -> T:
+async def run_in_context(ctx: AioContext, factory: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Run `factory()` in `ctx`'s home thread, and come back here with its result.
 
     Cancelling the caller cancels what runs over there, and waits until it has ended.

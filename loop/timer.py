@@ -122,10 +122,13 @@ class Timer:
 
     def arm(self, deadline_ns: int) -> None:
         """Call back once the clock reaches `deadline_ns`, instead of what was armed before."""
-        self._ctx.assert_home()
+        ctx = self._ctx
+        ctx.assert_home()
         if self._sequence:
             self._list._forget(self)
         self._list._add(self, deadline_ns)
+        if ctx._notify_me:
+            ctx._notifier.set()  # The time-out of a main loop has been computed already.
 
     def cancel(self) -> None:
         """Don't call back. Fine when it isn't armed."""
