@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands, one module a topic. Each module's COMMANDS tuple ends up in this one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from blockemu.qmp.command import Command
+from blockemu.qmp.commands import block, export, iothread, monitor
+
+_MODULES = (monitor, block, export, iothread)
+
+COMMANDS: Mapping[str, Command] = MappingProxyType(
+    {command.name: command for module in _MODULES for command in module.COMMANDS}
+)
+"""Name -> command. Never changes."""

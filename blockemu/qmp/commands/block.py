@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands about block nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from blockemu.img.info import image_info
+from blockemu.qmp.command import Command, Session
+
+if TYPE_CHECKING:
+    from blockemu.drivers.node import BlockDriverState
+
+
+@dataclass(frozen=True, slots=True)
+class NamedBlockNodesArguments:
+    """`flat`: leave the backing images out of each node's `image`."""
+
+    flat: bool = False
+
+
+async def query_named_block_nodes(
+    session: Session, arguments: NamedBlockNodesArguments
+) -> list[dict[str, Any]]:
+    """Every node of the graph, newest first."""
+    nodes = reversed(list(session.daemon.opener.nodes.values()))
+    return [describe_node(node, flat=arguments.flat) for node in nodes]
+
+
+def describe_node(node: BlockDriverState, *, flat: bool) -> dict[str, Any]:
+    """A node as BlockDeviceInfo. Context: main; what it reads are plain attributes."""
+    image = image_info(node)
+    backing = _backing(node)
+    above = image
+    while backing is not None and not flat:
+        above["backing-image"] = above = image_info(backing)
+        backing = _backing(backing)
+    shown: dict[str, Any] = {
+        "file": node.filename or "",
+        "node-name": node.node_name,
+        "ro": node.read_only,
+        "drv": node.driver.name,
+        "backing_file_depth": _backing_depth(node),
+        "encrypted": False,
+        "detect_zeroes": "off",
+        "cache": _cache(node),
+        "write_threshold": 0,
+        "image": image,
+    }
+    for unit in ("bps", "iops"):
+        for direction in ("", "_rd", "_wr"):
+            shown[unit + direction] = 0
+    nearest = _backing(node)
+    if nearest is not None:
+        shown["backing_file"] = nearest.filename or ""
+    return shown
+
+
+def _backing(node: BlockDriverState) -> BlockDriverState | None:
+    edge = node.children.get("backing")
+    return edge.node if edge is not None else None
+
+
+def _backing_depth(node: BlockDriverState) -> int:
+    depth = 0
+    below = _backing(node)
+    while below is not None:
+        depth += 1
+        below = _backing(below)
+    return depth
+
+
+def _cache(node: BlockDriverState) -> dict[str, Any]:
+    cache = node.file_options.get("cache", {})
+    return {
+        "writeback": True,
+        "direct": bool(cache.get("direct")),
+        "no-flush": bool(cache.get("no-flush")),
+    }
+
+
+COMMANDS = (Command("query-named-block-nodes", query_named_block_nodes, NamedBlockNodesArguments),)
