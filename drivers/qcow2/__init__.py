@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""qcow2: QEMU's copy-on-write image format, versions 2 and 3.
+
+Written from the specification (docs/interop/qcow2 in QEMU's documentation). Read in this order:
+layout, header, table_cache, metadata_writer, refcount, cluster_map, guest_read, guest_write,
+guest_erase, and driver for how they meet a request; create for how an image begins.
+"""
