@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A write-back cache of table slices, for L2 tables and for refcount blocks.
+
+A table is one cluster, up to 2 MiB; a look-up needs eight bytes of it. So the cache holds *slices*
+(4 KiB, or a cluster where that is less), in native byte order in an `array`, where an entry costs
+30 ns to read and a run of equal entries is found by C code. Its size is a bound in bytes.
+
+Dirty state is kept per *granule* (a sector, or the file's block), because most updates touch one or
+two entries, and a granule is written whole or not at all.
+
+Writing back is the business of metadata_writer.py, which knows what must be on disk before what.
+It works from a *capture*: the bytes of all that is dirty at one moment, taken without suspending. A
+slice that is changed again while its capture is on the way to the disk is simply dirty again. So
+no update can slip out in the wake of an older one with its own conditions unmet.
+
+Eviction takes the least recently used clean slice. If there is none among the oldest, it asks for
+a write-back first, in the proper order.
+
+Context: home thread of the node's AioContext. A slice that `load` returned is good until the caller
+next suspends; then it must be asked for again.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from blockemu.loop.coroutine import Future
+
+if TYPE_CHECKING:
+    from blockemu.drivers.qcow2.image_file import ImageFile
+
+SLICE_BYTES = 4096
+"""Default slice: one page, 512 L2 entries."""
+
+SLICES_MIN = 4
+"""Slices that any cache may hold: fewer, and two tables in turn would evict each other."""
+
+EVICT_SCAN_MAX = 64
+"""Oldest slices looked at for a clean one, before a write-back is asked for."""
+
+MERGE_MAX = 1024 * 1024
+"""Bytes of neighbouring slices that go out in one write."""
+
+_SWAP = sys.byteorder == "little"
+
+
+class Slice:
+    """Part of a table. `words` in native byte order; `dirty` has a bit for each granule."""
+
+    __slots__ = ("dirty", "offset", "words", "writing")
+
+    def __init__(self, offset: int, words: array[int]) -> None:
+        self.offset = offset
+        self.words = words
+        self.dirty = 0
+        self.writing = 0
+
+
+class Capture(NamedTuple):
+    """What was dirty at one moment: the writes to make, and how to undo the taking."""
+
+    writes: list[tuple[int, bytes]]
+    slices: list[tuple[Slice, int]]
+
+
+def disk_bytes(words: array[int]) -> bytes:
+    """Table entries in the format's byte order."""
+    if _SWAP and words.itemsize > 1:
+        words = words[:]
+        words.byteswap()
+    return words.tobytes()
+
+
+def words_from(typecode: str, data: bytes | bytearray) -> array[int]:
+    """Table entries in native byte order."""
+    words = array(typecode)
+    words.frombytes(data)
+    if _SWAP and words.itemsize > 1:
+        words.byteswap()
+    return words
+
+
+def merge(writes: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+    """Neighbouring writes in one, in ascending order."""
+    merged: list[tuple[int, list[bytes], int]] = []
+    for offset, data in sorted(writes):
+        if merged:
+            start, parts, length = merged[-1]
+            if start + length == offset and length + len(data) <= MERGE_MAX:
+                parts.append(data)
+                merged[-1] = (start, parts, length + len(data))
+                continue
+        merged.append((offset, [data], len(data)))
+    return [(start, b"".join(parts)) for start, parts, _ in merged]
+
+
+class TableCache:
+    """Slices by host offset. `write_back` is called when only dirty slices could be evicted."""
+
+    def __init__(
+        self,
+        file: ImageFile,
+        *,
+        typecode: str,
+        slice_bytes: int,
+        bytes_max: int,
+        write_back: Callable[[], Awaitable[None]],
+    ) -> None:
+        self.slice_bytes = slice_bytes
+        self.slices: OrderedDict[int, Slice] = OrderedDict()
+        """For look-ups that must not suspend; whoever uses it calls `touch` on a hit."""
+        self._file = file
+        self._typecode = typecode
+        self._item_bytes = array(typecode).itemsize
+        self._granule = min(file.granule, slice_bytes)
+        self._granule_words = self._granule // self._item_bytes
+        self._slices_max = max(bytes_max // slice_bytes, SLICES_MIN)
+        self._write_back = write_back
+        self._dirty: dict[int, Slice] = {}
+        self._loading: dict[int, Future[None]] = {}
+        self._stale: set[int] = set()
+
+    @property
+    def bytes_used(self) -> int:
+        return (len(self.slices) + len(self._loading)) * self.slice_bytes
+
+    @property
+    def bytes_max(self) -> int:
+        return self._slices_max * self.slice_bytes
+
+    @property
+    def is_dirty(self) -> bool:
+        return bool(self._dirty)
+
+    def touch(self, offset: int) -> None:
+        """The slice was used just now."""
+        self.slices.move_to_end(offset)
+
+    async def load(self, offset: int) -> Slice:
+        """The slice at `offset`, from memory or the file.
+
+        Suspends: if it isn't in memory. Raises: OSError of the read, or of a write-back.
+        """
+        while True:
+            found = self.slices.get(offset)
+            if found is not None:
+                self.slices.move_to_end(offset)
+                return found
+            under_way = self._loading.get(offset)
+            if under_way is None:
+                break
+            await under_way
+        done = self._loading[offset] = Future()
+        try:
+            await self._make_room()
+            while True:
+                data = bytearray(self.slice_bytes)
+                self._stale.discard(offset)
+                await self._file.read(offset, memoryview(data))
+                if offset not in self._stale:
+                    break
+            found = self.slices[offset] = Slice(offset, words_from(self._typecode, data))
+            return found
+        finally:
+            del self._loading[offset]
+            self._stale.discard(offset)
+            done.set_result(None)
+
+    async def insert_zeroed(self, offset: int) -> Slice:
+        """The slice at `offset` of a table that is known to hold zeroes; nothing is read.
+
+        Suspends: when something must be written back to make room.
+        """
+        assert offset not in self.slices
+        assert offset not in self._loading
+        done = self._loading[offset] = Future()
+        try:
+            await self._make_room()
+            found = Slice(offset, words_from(self._typecode, bytes(self.slice_bytes)))
+            self.slices[offset] = found
+            return found
+        finally:
+            del self._loading[offset]
+            done.set_result(None)
+
+    def mark_dirty(self, found: Slice, first: int, count: int = 1) -> None:
+        """Entries `first` to `first + count` of a slice were changed."""
+        assert self.slices.get(found.offset) is found, "changed a slice that was evicted"
+        low = first // self._granule_words
+        high = (first + count - 1) // self._granule_words
+        found.dirty |= (1 << (high + 1)) - (1 << low)
+        self._dirty[found.offset] = found
+
+    def drop(self, offset: int, length: int) -> None:
+        """Forget the slices in a host range: the cluster is a table no longer."""
+        for start in range(offset, offset + length, self.slice_bytes):
+            found = self.slices.pop(start, None)
+            if found is not None:
+                self._dirty.pop(start, None)
+            if start in self._loading:
+                self._stale.add(start)
+
+    # --- write-back: called by metadata_writer.py ---
+
+    def capture(self) -> Capture:
+        """Take all that is dirty now. Suspends: never. Give the result to `settle`."""
+        writes: list[tuple[int, bytes]] = []
+        taken: list[tuple[Slice, int]] = []
+        for found in self._dirty.values():
+            taken.append((found, found.dirty))
+            writes.extend(self._runs(found))
+            found.dirty = 0
+            found.writing += 1
+        self._dirty = {}
+        return Capture(merge(writes), taken)
+
+    def settle(self, capture: Capture, *, failed: bool) -> None:
+        """The captured writes were made, or weren't: then everything in it is dirty again."""
+        for found, mask in capture.slices:
+            found.writing -= 1
+            if failed and self.slices.get(found.offset) is found:
+                found.dirty |= mask
+                self._dirty[found.offset] = found
+
+    def _runs(self, found: Slice) -> list[tuple[int, bytes]]:
+        runs: list[tuple[int, bytes]] = []
+        mask, position, step = found.dirty, 0, self._granule_words
+        while mask:
+            skip = (mask & -mask).bit_length() - 1
+            mask >>= skip
+            position += skip
+            length = (~mask & (mask + 1)).bit_length() - 1
+            mask >>= length
+            words = found.words[position * step : (position + length) * step]
+            runs.append((found.offset + position * self._granule, disk_bytes(words)))
+            position += length
+        return runs
+
+    async def _make_room(self) -> None:
+        while len(self.slices) + len(self._loading) > self._slices_max:
+            if not self._evict_one():
+                await self._write_back()
+                if not self._evict_one():
+                    return  # all is being read, or changed again: too small a cache for the load
+
+    def _evict_one(self) -> bool:
+        for scanned, (offset, found) in enumerate(self.slices.items()):
+            if not found.dirty and not found.writing:
+                del self.slices[offset]
+                return True
+            if scanned >= EVICT_SCAN_MAX:
+                break
+        return False
