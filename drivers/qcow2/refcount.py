@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host clusters: which are free, taking them, and giving them back.
+
+A refcount block is created the first time that space in its range is wanted, in the first free
+cluster of that range, so that it counts itself. When the refcount table can't name one more block,
+the table moves to the end of the file, half as large again.
+
+Three rules keep the on-disk state safe, together with metadata_writer.py:
+- a cluster that is taken is counted before anything names it (phase order);
+- a cluster that is let go is counted down only when no entry on disk can name it any more
+  (`MetadataWriter.released`, applied here before the next search);
+- a new block or table is complete on disk before it is named.
+
+Context: home thread of the AioContext. All methods that change anything: under the metadata mutex.
+"""
+
+from __future__ import annotations
+
+import errno
+from array import array
+from typing import TYPE_CHECKING, NamedTuple
+
+from blockemu.drivers.errors import io_error
+from blockemu.drivers.qcow2.layout import (
+    HOST_OFFSET_MAX,
+    REFTABLE_BYTES_MAX,
+    REFTABLE_RESERVED,
+    Layout,
+    div_up,
+)
+from blockemu.drivers.qcow2.metadata_writer import MetadataWriter, Reference
+from blockemu.drivers.qcow2.root_table import ENTRY_BYTES, RootTable
+from blockemu.drivers.qcow2.table_cache import Slice, TableCache, disk_bytes
+
+if TYPE_CHECKING:
+    from blockemu.drivers.qcow2.damage import DamageLog
+    from blockemu.drivers.qcow2.header_file import HeaderFile
+    from blockemu.drivers.qcow2.image_file import ImageFile
+    from blockemu.drivers.qcow2.refcount_width import RefcountWidth
+
+
+class Allocation(NamedTuple):
+    """Contiguous host clusters that count 1 now. `reads_zero`: nothing was ever written there."""
+
+    first: int
+    clusters: int
+    reads_zero: bool
+
+
+class Refcounts:
+    """The refcount tree of one image."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        file: ImageFile,
+        cache: TableCache,
+        table: RootTable,
+        width: RefcountWidth,
+        writer: MetadataWriter,
+        header: HeaderFile,
+        damage: DamageLog,
+        pass_discard: bool,
+    ) -> None:
+        self._layout = layout
+        self._file = file
+        self._cache = cache
+        self._table = table
+        self._width = width
+        self._writer = writer
+        self._header = header
+        self._damage = damage
+        self._pass_discard = pass_discard
+        self._emptied: list[int] = []
+        self._slice_entries = width.entries(cache.slice_bytes)
+        self._search_from = 0
+        """No cluster before this one is free."""
+        self.used_end = div_up(file.length, layout.cluster_size)
+        """Behind the last cluster that was ever in use, or may have been."""
+
+    # --- looking ---
+
+    async def get(self, cluster: int) -> int:
+        """The reference count of a host cluster. Raises: OSError (EIO for a damaged table)."""
+        if cluster >> self._layout.block_bits >= len(self._table):
+            return 0
+        found = await self._load(cluster)
+        if found is None:
+            return 0
+        return self._width.get(found.words, cluster % self._slice_entries)
+
+    async def _load(self, cluster: int) -> Slice | None:
+        """The slice that counts `cluster`; None where its block doesn't exist."""
+        block = cluster >> self._layout.block_bits
+        host = self._table.words[block]
+        if not host:
+            return None
+        mask = self._layout.cluster_size - 1
+        if host & (REFTABLE_RESERVED | mask) or host + mask >= self._file.length:
+            raise self._damage.report(
+                f"refcount table entry {block} at offset {self._table.offset + block * ENTRY_BYTES}"
+                f" is {host:#x}, which is no cluster of the file"
+            )
+        return await self._cache.load(host + self._slice_start(cluster))
+
+    def _slice_start(self, cluster: int) -> int:
+        """Where in its block the slice that counts `cluster` begins."""
+        within = cluster & (self._layout.block_entries - 1)
+        return within // self._slice_entries * self._cache.slice_bytes
+
+    # --- taking ---
+
+    async def allocate(self, count_max: int) -> Allocation:
+        """Take the first free cluster, and as many behind it as are free, up to `count_max`.
+
+        Suspends: for tables to be read, created or written back.
+        Raises: OSError (ENOSPC, EIO); nothing is taken then.
+        """
+        await self.apply_released()
+        cluster = self._search_from
+        while True:
+            cluster, found = await self._next_free(cluster)
+            first = cluster % self._slice_entries
+            stop = min(first + count_max, self._slice_entries)
+            count = self._width.free_run(found.words, first, stop)
+            end = (cluster + count) << self._layout.cluster_bits
+            if end <= self._file.length:
+                break
+            await self._cover(end)  # suspends: `found` must be looked up again
+        self._width.set_ones(found.words, first, count)
+        self._mark(found, first, count)
+        self._search_from = cluster + count
+        return Allocation(cluster, count, self._take(cluster, count))
+
+    async def allocate_contiguous(self, count: int) -> Allocation:
+        """Take exactly `count` clusters in a row, for a table. Raises: OSError."""
+        await self.apply_released()
+        cluster, run = self._search_from, 0
+        while run < count:
+            free, found = await self._next_free(cluster)
+            if free != cluster:
+                cluster, run = free, 0
+            first = cluster % self._slice_entries
+            stop = min(first + count - run, self._slice_entries)
+            length = self._width.free_run(found.words, first, stop)
+            run += length
+            cluster += length
+        first = cluster - run
+        await self._cover(cluster << self._layout.cluster_bits)
+        await self._add(Reference(first, count), 1)
+        return Allocation(first, count, self._take(first, count))
+
+    def _take(self, first: int, count: int) -> bool:
+        fresh = first >= self.used_end
+        self.used_end = max(self.used_end, first + count)
+        return fresh and self._file.sparse
+
+    async def _cover(self, end: int) -> None:
+        if end > HOST_OFFSET_MAX:
+            raise io_error(errno.ENOSPC, f"{self._file.name}: no host offset left in the format")
+        await self._file.cover(end)
+
+    async def _next_free(self, cluster: int) -> tuple[int, Slice]:
+        """The first free cluster from `cluster` on, with the slice that counts it."""
+        while True:
+            block = cluster >> self._layout.block_bits
+            if block >= len(self._table):
+                await self._grow_table(cluster)
+                continue
+            found = await self._load(cluster)
+            if found is None:
+                await self._new_block(block, cluster)
+                cluster += 1
+                continue
+            first = cluster % self._slice_entries
+            index = self._width.find_free(found.words, first, self._slice_entries)
+            if index >= 0:
+                return cluster - first + index, found
+            cluster += self._slice_entries - first
+
+    async def _new_block(self, block: int, cluster: int) -> None:
+        """Create a refcount block in `cluster`, the first free one of its range."""
+        size = self._layout.cluster_size
+        host = cluster << self._layout.cluster_bits
+        await self._cover(host + size)
+        if not self._take(cluster, 1):
+            await self._file.zero(host, size)
+        found = await self._cache.insert_zeroed(host + self._slice_start(cluster))
+        # From here on without suspending: a write-back sees all of it or nothing.
+        self._table.put(block, host)
+        index = cluster % self._slice_entries
+        self._width.set_ones(found.words, index, 1)
+        self._mark(found, index, 1)
+
+    def _mark(self, found: Slice, first: int, count: int) -> None:
+        low, high = self._width.word(first), self._width.word(first + count - 1)
+        self._cache.mark_dirty(found, low, high - low + 1)
+
+    # --- giving back ---
+
+    async def release(self, reference: Reference) -> None:
+        """Count down at once: for clusters that no entry names, in memory or on disk.
+
+        Never fails: what can't be counted down is leaked, and logged.
+        """
+        try:
+            await self._add(reference, -1)
+        except OSError as error:
+            run = f"{reference.first}+{reference.clusters}"
+            self._damage.report(f"host clusters {run} leak: {error}")
+
+    async def apply_released(self) -> None:
+        """Count down all that a flush has released since the last time.
+
+        What the guest discarded is handed back to the host first, while nobody can take it.
+        """
+        released = self._writer.released
+        while released:
+            await self.release(released.pop())
+        if self._emptied:
+            emptied, self._emptied = sorted(self._emptied), []
+            await self._discard(emptied)
+
+    async def _discard(self, clusters: list[int]) -> None:
+        bits = self._layout.cluster_bits
+        first = last = clusters[0]
+        for cluster in [*clusters[1:], -1]:
+            if cluster == last + 1:
+                last = cluster
+                continue
+            await self._file.discard(first << bits, (last + 1 - first) << bits)
+            first = last = cluster
+
+    async def _add(self, reference: Reference, delta: int) -> None:
+        cluster, end = reference.first, reference.first + reference.clusters
+        while cluster < end:
+            if cluster >> self._layout.block_bits >= len(self._table):
+                raise self._damage.report(f"host cluster {cluster} is beyond the refcount table")
+            found = await self._load(cluster)
+            if found is None:
+                raise self._damage.report(f"host cluster {cluster} has no refcount block")
+            first = cluster % self._slice_entries
+            stop = min(first + end - cluster, self._slice_entries)
+            for index in range(first, stop):
+                count = self._add_one(found, index, cluster - first + index, delta)
+                if not count and reference.discard and self._pass_discard:
+                    self._emptied.append(cluster - first + index)
+            self._mark(found, first, stop - first)
+            cluster += stop - first
+        if delta < 0 and reference.is_table:
+            await self._forget_table(reference)
+
+    def _add_one(self, found: Slice, index: int, cluster: int, delta: int) -> int:
+        count = self._width.get(found.words, index) + delta
+        if count < 0 or count > self._layout.refcount_max:
+            raise self._damage.report(f"refcount of host cluster {cluster} would become {count}")
+        self._width.set(found.words, index, count)
+        if not count:
+            self._search_from = min(self._search_from, cluster)
+        return count
+
+    async def _forget_table(self, reference: Reference) -> None:
+        """Drop cached slices of tables that are no longer in use by anybody."""
+        size = self._layout.cluster_size
+        for cluster in range(reference.first, reference.first + reference.clusters):
+            if not await self.get(cluster):
+                self._writer.l2.drop(cluster * size, size)
+
+    # --- a larger refcount table ---
+
+    async def _grow_table(self, cluster: int) -> None:
+        """Move the refcount table to `cluster` and behind, where no block counts yet.
+
+        The new blocks come first, then the table; they count themselves and it. Everything is
+        durable before the header names the new table, and the old one is free after that.
+        """
+        blocks, words = self._plan_table(cluster)
+        size, bits = self._layout.cluster_size, self._layout.cluster_bits
+        table_clusters = len(words) * ENTRY_BYTES // size
+        total = blocks + table_clusters
+        await self._writer.flush()  # the old table has no dirty entries from here on
+        host = cluster << bits
+        await self._cover(host + total * size)
+        if not self._take(cluster, total):
+            await self._file.zero(host, total * size)
+        old = self._table.words
+        self._table.words = words
+        try:
+            await self._add(Reference(cluster, total), 1)
+            await self._writer.flush()
+            offset = host + blocks * size
+            await self._file.write(offset, disk_bytes(words))
+            await self._file.flush()
+        except BaseException:
+            self._table.words = old
+            self._cache.drop(host, blocks * size)
+            raise
+        freed = Reference(self._table.offset >> bits, len(old) * ENTRY_BYTES // size)
+        try:
+            await self._header.move_refcount_table(offset=offset, clusters=table_clusters)
+        except BaseException:
+            self._writer.stop("the refcount table's new place may not be in the header")
+            raise
+        self._table.replace(words, offset=offset)
+        await self.release(freed)
+
+    def _plan_table(self, cluster: int) -> tuple[int, array[int]]:
+        """How many new blocks it takes, and the new table's entries, whole clusters of them."""
+        layout = self._layout
+        first_block = cluster >> layout.block_bits
+        blocks, wanted = 0, 1
+        entries = 0
+        while blocks != wanted:
+            blocks = wanted
+            entries = max(len(self._table) * 3 // 2, first_block + blocks)
+            table_clusters = div_up(entries * ENTRY_BYTES, layout.cluster_size)
+            entries = table_clusters * layout.cluster_size // ENTRY_BYTES
+            last = cluster + blocks + table_clusters - 1
+            wanted = max((last >> layout.block_bits) - first_block + 1, blocks)
+        if entries * ENTRY_BYTES > REFTABLE_BYTES_MAX:
+            raise io_error(errno.ENOSPC, f"{self._file.name}: the refcount table is at its limit")
+        words = self._table.words + array("Q", bytes((entries - len(self._table)) * ENTRY_BYTES))
+        for block in range(blocks):
+            words[first_block + block] = (cluster + block) << layout.cluster_bits
+        return blocks, words
