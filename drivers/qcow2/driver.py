@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""qcow2: the block driver. What the node asks for, handed to the parts of this folder.
+
+Each request takes its guest clusters' lock (cluster_lock.py) for as long as it lasts: shared for
+what happens in place, exclusive for what changes the mapping. A write tries in place first.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Self
+
+from blockemu.drivers.child import Permission, Role
+from blockemu.drivers.direct_map import DirectMap
+from blockemu.drivers.driver import BlockDriver, BlockStatus, RequestFlags
+from blockemu.drivers.errors import ImageError
+from blockemu.drivers.qcow2 import resize, status
+from blockemu.drivers.qcow2.compression import TYPE_NAMES
+from blockemu.drivers.qcow2.features import CORRUPT, DIRTY, LAZY_REFCOUNTS
+from blockemu.drivers.qcow2.header import MAGIC, Header
+from blockemu.drivers.qcow2.header_file import read_header
+from blockemu.drivers.qcow2.image import Image, open_image
+from blockemu.drivers.qcow2.options import take_options
+from blockemu.drivers.qcow2.probe import names_other_file
+
+if TYPE_CHECKING:
+    from blockemu.drivers.child import BdrvChild
+    from blockemu.drivers.registry import Opener
+
+log = logging.getLogger(__name__)
+
+
+class Qcow2Driver(BlockDriver):
+    """Options: `file`; `backing` (a node, its options, or null for none; missing: as the header
+    says); those of options.py."""
+
+    name = "qcow2"
+
+    def __init__(self, node: Any, image: Image, file: BdrvChild) -> None:
+        super().__init__(node)
+        self.image = image
+        self._file = file
+        self._bits = image.layout.cluster_bits
+        self._map: DirectMap | None = None
+
+    @classmethod
+    async def open(cls, node: Any, options: dict[str, Any], opener: Opener) -> Self:
+        perm, shared = opener.file_permissions(node)
+        file = await opener.open_child(
+            node,
+            "file",
+            options.pop("file", None),
+            role=Role.DATA | Role.METADATA,
+            perm=perm,
+            shared=shared,
+        )
+        name = node.filename or node.node_name
+        header = await read_header(name, file)
+        own = take_options(name, options, header.layout, header.size)
+        image = await open_image(
+            name, header, file, read_only=node.read_only, options=own,
+            buffers=lambda: node.ctx.buffers,
+        )  # fmt: skip
+        image.reader.backing = await _open_backing(name, header, node, options, opener)
+        return cls(node, image, file)
+
+    @classmethod
+    def recognises(cls, start: bytes) -> bool:
+        return start[:4] == MAGIC and start[4:8] in (b"\0\0\0\2", b"\0\0\0\3")
+
+    @classmethod
+    def names_other_file(cls, start: bytes) -> str | None:
+        return names_other_file(start)
+
+    @property
+    def length_bytes(self) -> int:
+        return self.image.guest_writer.disk_bytes
+
+    @property
+    def cluster_size(self) -> int:
+        return self.image.layout.cluster_size
+
+    # --- requests ---
+
+    async def preadv(self, offset: int, view: memoryview) -> None:
+        image = self.image
+        first, last = offset >> self._bits, (offset + len(view) - 1) >> self._bits
+        held = image.locks.try_shared(first, last) or await image.locks.shared(first, last)
+        try:
+            await image.reader.read(offset, view)
+        finally:
+            image.locks.release(held)
+
+    async def pwritev(self, offset: int, view: memoryview, flags: RequestFlags) -> None:
+        image = self.image
+        first, last = offset >> self._bits, (offset + len(view) - 1) >> self._bits
+        held = image.locks.try_shared(first, last) or await image.locks.shared(first, last)
+        try:
+            if await image.guest_writer.write_in_place(offset, view):
+                return
+        finally:
+            image.locks.release(held)
+        held = await image.locks.exclusive(first, last)
+        try:
+            await image.guest_writer.write(offset, view)
+        finally:
+            image.locks.release(held)
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: RequestFlags) -> None:
+        image = self.image
+        first, last = offset >> self._bits, (offset + length - 1) >> self._bits
+        held = await image.locks.exclusive(first, last)
+        try:
+            may_unmap = bool(flags & RequestFlags.MAY_UNMAP)
+            await image.eraser.zero(offset, length, may_unmap=may_unmap)
+        finally:
+            image.locks.release(held)
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        image = self.image
+        first, last = offset >> self._bits, (offset + length - 1) >> self._bits
+        held = await image.locks.exclusive(first, last)
+        try:
+            await image.eraser.discard(offset, length)
+        finally:
+            image.locks.release(held)
+
+    async def flush(self) -> None:
+        await self.image.flush()
+
+    async def block_status(self, offset: int, length: int) -> BlockStatus:
+        return await status.block_status(self.image, offset, length)
+
+    async def truncate(self, length: int, *, preallocation: str = "off") -> None:
+        await self.drop_direct_map()
+        await resize.grow(self.image, length, preallocation=preallocation)
+
+    # --- life ---
+
+    async def close(self) -> None:
+        await self.drop_direct_map()
+        if self.node.read_only:
+            return
+        try:
+            await self.image.close()
+        except OSError as error:
+            log.error("%s: not everything could be written at close: %s", self.image.name, error)
+
+    def direct_map(self) -> DirectMap | None:
+        file = self.image.file
+        host = file.host_file
+        if self._map is None and host is not None:
+            if self.cluster_size < host.request_alignment:
+                return None
+            self._map = DirectMap(host, page_bits=self._bits, length=self.length_bytes)
+            self.image.reader.direct_map = self._map
+            file.child.node.mapped_by.append(self._map)
+        return self._map
+
+    async def drop_direct_map(self) -> None:
+        """Forget the map, which was made for the old size; the next user gets a new one."""
+        if self._map is not None:
+            self._map.hold()  # whoever still has it misses from now on
+            await self._map.wait_idle()
+            self.image.file.child.node.mapped_by.remove(self._map)
+            self._map = self.image.reader.direct_map = None
+
+    def info(self) -> dict[str, Any]:
+        header = self.image.header
+        data: dict[str, Any] = {
+            "compat": "1.1" if header.version == 3 else "0.10",
+            "compression-type": TYPE_NAMES[header.compression_type],
+            "refcount-bits": self.image.layout.refcount_bits,
+        }
+        if header.version == 3:
+            data["lazy-refcounts"] = bool(header.compatible_features & LAZY_REFCOUNTS)
+            data["corrupt"] = bool(header.incompatible_features & CORRUPT)
+            data["extended-l2"] = False
+        found: dict[str, Any] = {
+            "cluster-size": self.cluster_size,
+            "dirty-flag": bool(header.incompatible_features & DIRTY),
+            "format-specific": {"type": "qcow2", "data": data},
+        }
+        if header.backing_file is not None:
+            found["backing-filename"] = header.backing_file
+            if header.backing_format is not None:
+                found["backing-filename-format"] = header.backing_format
+        return found
+
+
+async def _open_backing(
+    name: str, header: Header, node: Any, options: dict[str, Any], opener: Opener
+) -> BdrvChild | None:
+    """The backing child: as the options say, or else as the header does. Raises: ImageError."""
+    if "backing" in options:
+        given = options.pop("backing")
+        if given is None:
+            return None
+        if isinstance(given, dict):
+            given.setdefault("read-only", True)
+        return await opener.open_child(
+            node,
+            "backing",
+            given,
+            role=Role.BACKING,
+            perm=Permission.CONSISTENT_READ,
+            shared=Permission.ALL & ~(Permission.WRITE | Permission.RESIZE),
+        )
+    backing = header.backing_file
+    if backing is None:
+        return None
+    fmt = header.backing_format
+    if not fmt:
+        raise ImageError(
+            name,
+            f"doesn't say which format its backing file '{backing}' has, and guessing isn't safe; "
+            f"set it with: qemu-img rebase -u -b {backing} -F FORMAT {name}",
+        )
+    if fmt == "file":
+        fmt = "raw"
+    return await opener.open_backing(node, filename=backing, fmt=fmt)

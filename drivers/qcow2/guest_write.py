@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing guest bytes: in place where the cluster is ours alone, else into newly taken clusters.
+
+An allocating write takes as many host clusters in a row as it can, writes them whole (what the
+request doesn't cover is copied from where the guest sees it now: *copy on write*), and only then
+enters them in the L2 table. A crash before that leaves the old contents, and at worst a leak.
+
+What needn't be written isn't: a host cluster that was never used reads as zeroes; if the guest,
+too, sees zeroes around the request, the request's own bytes are all that is written.
+
+Context: home thread of the AioContext. The caller holds the clusters (cluster_lock.py): shared for
+`write_in_place`, exclusive for `write`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from blockemu.drivers.qcow2.cluster_map import ClusterMap, Extent, Kind, kind_of
+from blockemu.drivers.qcow2.layout import COPIED, OFFSET_MASK, Layout, round_up
+from blockemu.drivers.qcow2.metadata_writer import MetadataWriter, Reference
+from blockemu.loop.sync import Mutex, gather
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from blockemu.drivers.qcow2.guest_read import GuestReader
+    from blockemu.drivers.qcow2.image_file import ImageFile
+    from blockemu.drivers.qcow2.refcount import Refcounts
+    from blockemu.drivers.qcow2.table_cache import Slice
+    from blockemu.loop.buffers import BufferPool
+
+WRITES_AT_ONCE = 16
+"""Pieces of one request that are written side by side."""
+
+MERGE_BYTES = 256 * 1024
+"""A run up to this long is copied together and written at once. In a longer one, only its first
+and last cluster are copied; what lies between is written from the request's own buffer."""
+
+
+class Target(NamedTuple):
+    """Host clusters for a run of guest clusters."""
+
+    first: int
+    clusters: int
+    reads_zero: bool
+    taken: bool
+    """They were free; else they are those that the guest clusters have already, marked zero."""
+    replaces_data: bool
+    """Some guest cluster's data lies elsewhere now, where a direct map may point."""
+
+
+class GuestWriter:
+    """Writes what the guest writes. `disk_bytes` is the virtual size, kept by the driver."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        file: ImageFile,
+        clusters: ClusterMap,
+        refcounts: Refcounts,
+        writer: MetadataWriter,
+        reader: GuestReader,
+        mutex: Mutex,
+        buffers: Callable[[], BufferPool],
+        disk_bytes: int,
+    ) -> None:
+        self.disk_bytes = disk_bytes
+        self._bits = layout.cluster_bits
+        self._size = layout.cluster_size
+        self._file = file
+        self._clusters = clusters
+        self._refcounts = refcounts
+        self._writer = writer
+        self._reader = reader
+        self._mutex = mutex
+        self._buffers = buffers
+
+    # --- in place ---
+
+    async def write_in_place(self, offset: int, view: memoryview) -> bool:
+        """Write, if every cluster is ours alone already; else do nothing and return False."""
+        length = len(view)
+        extent = self._clusters.peek(offset, length)
+        if extent is None:
+            extent = await self._clusters.resolve(offset, length)
+        if extent.kind is not Kind.DATA or not extent.writable:
+            return False
+        if extent.length == length:
+            await self._write_extent(extent, offset, view)
+            return True
+        pieces: list[tuple[Extent, int, memoryview]] = []
+        done = 0
+        while True:
+            pieces.append((extent, offset + done, view[done : done + extent.length]))
+            done += extent.length
+            if done == length:
+                break
+            extent = await self._clusters.resolve(offset + done, length - done)
+            if extent.kind is not Kind.DATA or not extent.writable:
+                return False
+        for start in range(0, len(pieces), WRITES_AT_ONCE):
+            batch = pieces[start : start + WRITES_AT_ONCE]
+            await gather(*(self._write_extent(*piece) for piece in batch))
+        return True
+
+    async def _write_extent(self, extent: Extent, offset: int, view: memoryview) -> None:
+        await self._file.write(extent.host, view)
+        if self._reader.direct_map is not None:
+            self._reader.publish(extent, offset)
+
+    # --- anywhere ---
+
+    async def write(self, offset: int, view: memoryview) -> None:
+        """Write, allocating and copying as it takes. Raises: OSError; part may be written then."""
+        done = 0
+        while done < len(view):
+            done += await self._step(offset + done, view[done:])
+
+    async def _step(self, offset: int, view: memoryview) -> int:
+        """Write the first run of clusters that can be treated alike. Returns its bytes."""
+        extent = await self._clusters.resolve(offset, len(view))
+        if extent.kind is Kind.DATA and extent.writable:
+            await self._write_extent(extent, offset, view[: extent.length])
+            return extent.length
+        if self._writer.wants_flush:
+            await self._writer.flush()
+        cluster = offset >> self._bits
+        end = (offset + len(view) + self._size - 1) >> self._bits
+        async with self._mutex:
+            target = await self._take(cluster, end - cluster)
+        view = view[: ((cluster + target.clusters) << self._bits) - offset]
+        try:
+            await self._fill(target, offset, view)
+            if target.replaces_data and self._reader.direct_map is not None:
+                await self._reader.direct_map.invalidate(offset, len(view))
+            await self._link(cluster, target)
+        except BaseException:
+            if target.taken:
+                async with self._mutex:
+                    await self._refcounts.release(Reference(target.first, target.clusters))
+            raise
+        return len(view)
+
+    async def _take(self, cluster: int, count: int) -> Target:
+        """Host clusters for up to `count` guest clusters from `cluster` on."""
+        await self._clusters.make_writable(cluster)
+        found = await self._clusters.load(cluster)
+        run, reused, replaces_data = self._run(found, cluster, count)
+        if reused:
+            await self._file.cover((reused + run) << self._bits)
+            return Target(reused, run, reads_zero=False, taken=False, replaces_data=False)
+        taken = await self._refcounts.allocate(run)
+        return Target(
+            taken.first, taken.clusters, taken.reads_zero, taken=True, replaces_data=replaces_data
+        )
+
+    def _run(self, found: Slice, cluster: int, count: int) -> tuple[int, int, bool]:
+        """How many clusters can share a target, which host cluster they have already (or 0), and
+        whether one of them has data. Stays in the slice. Suspends: never."""
+        index = cluster % self._clusters.slice_entries
+        stop = min(index + count, self._clusters.slice_entries)
+        first = self._clusters.check_entry(found, index)
+        reused = self._own_zero_cluster(first)
+        replaces_data = kind_of(first) is Kind.DATA
+        run = 1
+        while index + run < stop:
+            word = self._clusters.check_entry(found, index + run)
+            own = self._own_zero_cluster(word)
+            if reused:
+                if own != reused + run:
+                    break
+            else:
+                kind = kind_of(word)
+                if own or (kind is Kind.DATA and word & COPIED):
+                    break
+                replaces_data = replaces_data or kind is Kind.DATA
+            run += 1
+        return run, reused, replaces_data
+
+    def _own_zero_cluster(self, word: int) -> int:
+        if kind_of(word) is Kind.ZERO_ALLOCATED and word & COPIED:
+            return (word & OFFSET_MASK) >> self._bits
+        return 0
+
+    async def _link(self, cluster: int, target: Target) -> None:
+        """Enter the target in the L2 table, all of it without suspending."""
+        found = await self._clusters.load(cluster)
+        index = cluster % self._clusters.slice_entries
+        for step in range(target.clusters):
+            word = (target.first + step) << self._bits | COPIED
+            self._clusters.set_entry(found, index + step, word)
+        extent = Extent(
+            Kind.DATA, target.clusters << self._bits, target.first << self._bits, writable=True
+        )
+        self._reader.publish(extent, cluster << self._bits)
+
+    # --- the data ---
+
+    async def _fill(self, target: Target, offset: int, view: memoryview) -> None:
+        """Write the target's clusters: the request's bytes, and around them what was there."""
+        host, length = target.first << self._bits, target.clusters << self._bits
+        head = offset & (self._size - 1)
+        tail = length - head - len(view)
+        if not head and not tail:
+            await self._file.write(host, view)
+        elif target.reads_zero and await self._zeroes_around(offset, view, head, tail):
+            await self._write_sparsely(host, head, view)
+        elif length <= max(MERGE_BYTES, 2 * self._size):
+            await self._write_merged(host, offset, view, head, tail)
+        else:
+            await self._write_parts(host, offset, view, head, tail)
+
+    async def _zeroes_around(self, offset: int, view: memoryview, head: int, tail: int) -> bool:
+        end = offset + len(view)
+        for start, length in ((offset - head, head), (end, min(tail, self.disk_bytes - end))):
+            if length > 0:
+                extent = await self._clusters.resolve(start, length)
+                if not self._reader.reads_zero(extent, start):
+                    return False
+        return True
+
+    async def _write_sparsely(self, host: int, head: int, view: memoryview) -> None:
+        granule = self._file.granule
+        start = head // granule * granule
+        end = round_up(head + len(view), granule)
+        if end - start == len(view):
+            await self._file.write(host + head, view)
+            return
+        buffer = self._buffers().take(end - start)
+        try:
+            padded = buffer.view[: end - start]
+            padded[: head - start] = bytes(head - start)
+            padded[head - start : head - start + len(view)] = view
+            padded[head - start + len(view) :] = bytes(end - head - len(view))
+            await self._file.write(host + start, padded)
+        finally:
+            self._buffers().give(buffer)
+
+    async def _write_merged(
+        self, host: int, offset: int, view: memoryview, head: int, tail: int
+    ) -> None:
+        length = head + len(view) + tail
+        buffer = self._buffers().take(length)
+        try:
+            merged = buffer.view[:length]
+            await self._read_around(offset - head, merged[:head])
+            merged[head : head + len(view)] = view
+            await self._read_around(offset + len(view), merged[head + len(view) :])
+            await self._file.write(host, merged)
+        finally:
+            self._buffers().give(buffer)
+
+    async def _write_parts(
+        self, host: int, offset: int, view: memoryview, head: int, tail: int
+    ) -> None:
+        """A long run: its ragged ends copied together, its middle from the request's buffer."""
+        start = self._size - head if head else 0
+        stop = len(view) - (self._size - tail if tail else 0)
+        parts = [self._file.write(host + head + start, view[start:stop])]
+        if head:
+            parts.append(self._write_merged(host, offset, view[:start], head, 0))
+        if tail:
+            last = host + head + stop
+            parts.append(self._write_merged(last, offset + stop, view[stop:], 0, tail))
+        await gather(*parts)
+
+    async def _read_around(self, offset: int, view: memoryview) -> None:
+        """What the guest sees next to its request; zeroes behind the end of the disk."""
+        inside = max(min(len(view), self.disk_bytes - offset), 0)
+        if inside:
+            await self._reader.read(offset, view[:inside])
+        if inside < len(view):
+            view[inside:] = bytes(len(view) - inside)

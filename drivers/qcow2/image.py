@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An open image: all the parts of this folder, put together over one file.
+
+Who needs whom, bottom up: `file` (image_file.py); the caches and root tables; the metadata writer,
+which writes them back in order; the refcounts; the cluster map; and on top the three that do the
+guest's work: reader, writer, eraser. `locks` keeps guest clusters apart, `mutex` the metadata:
+whoever allocates, creates or copies a table holds it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from blockemu.drivers.errors import ImageError
+from blockemu.drivers.qcow2.cluster_lock import ClusterLocks
+from blockemu.drivers.qcow2.cluster_map import ClusterMap
+from blockemu.drivers.qcow2.compression import decompressor
+from blockemu.drivers.qcow2.damage import DamageLog
+from blockemu.drivers.qcow2.guest_erase import GuestEraser
+from blockemu.drivers.qcow2.guest_read import GuestReader
+from blockemu.drivers.qcow2.guest_write import GuestWriter
+from blockemu.drivers.qcow2.header import Header, check_tables, check_writable
+from blockemu.drivers.qcow2.header_file import HeaderFile
+from blockemu.drivers.qcow2.image_file import ImageFile
+from blockemu.drivers.qcow2.layout import Layout
+from blockemu.drivers.qcow2.metadata_writer import MetadataWriter
+from blockemu.drivers.qcow2.refcount import Refcounts
+from blockemu.drivers.qcow2.refcount_width import RefcountWidth
+from blockemu.drivers.qcow2.root_table import ENTRY_BYTES, RootTable
+from blockemu.drivers.qcow2.table_cache import TableCache, words_from
+from blockemu.loop.sync import Mutex
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from blockemu.drivers.child import BdrvChild
+    from blockemu.drivers.qcow2.options import Options
+    from blockemu.loop.buffers import BufferPool
+
+
+@dataclass(slots=True)
+class Image:
+    """The parts. Context: home thread of the node's AioContext."""
+
+    name: str
+    layout: Layout
+    file: ImageFile
+    header_file: HeaderFile
+    l1: RootTable
+    writer: MetadataWriter
+    refcounts: Refcounts
+    clusters: ClusterMap
+    reader: GuestReader
+    guest_writer: GuestWriter
+    eraser: GuestEraser
+    locks: ClusterLocks
+    mutex: Mutex
+
+    @property
+    def header(self) -> Header:
+        return self.header_file.header
+
+    async def flush(self) -> None:
+        """All completed writes are durable when this returns; space let go of is free again."""
+        await self.writer.flush()
+        if self.writer.released:
+            async with self.mutex:
+                await self.refcounts.apply_released()
+
+    async def close(self) -> None:
+        """Write everything, leak nothing, cut the file behind what is used. Raises: OSError."""
+        await self.flush()
+        while self.writer.is_dirty:
+            await self.flush()
+        await self.file.trim(self.refcounts.used_end << self.layout.cluster_bits)
+
+
+async def open_image(
+    name: str,
+    header: Header,
+    child: BdrvChild,
+    *,
+    read_only: bool,
+    options: Options,
+    buffers: Callable[[], BufferPool],
+) -> Image:
+    """Judge and read the root tables, and put the parts together. Raises: ImageError."""
+    if not read_only:
+        check_writable(name, header)
+    layout = header.layout
+    file = ImageFile(child, cluster_size=layout.cluster_size, name=name)
+    check_tables(name, header, file_bytes=file.length)
+    try:
+        l1 = await _read_root(file, header.l1_table_offset, header.l1_size)
+        reftable = await _read_root(
+            file,
+            header.refcount_table_offset,
+            (header.refcount_table_clusters << layout.cluster_bits) // ENTRY_BYTES,
+        )
+        image = _assemble(name, header, file, l1, reftable, options, buffers, read_only=read_only)
+        if not read_only:
+            await image.header_file.clear_autoclear()
+    except OSError as error:
+        raise ImageError.from_os_error(name, error) from error
+    return image
+
+
+async def _read_root(file: ImageFile, offset: int, entries: int) -> RootTable:
+    data = bytearray(entries * ENTRY_BYTES)
+    if data:
+        await file.read(offset, memoryview(data))
+    words: array[int] = words_from("Q", data)
+    return RootTable(words, offset=offset, granule=file.granule)
+
+
+def _assemble(
+    name: str,
+    header: Header,
+    file: ImageFile,
+    l1: RootTable,
+    reftable: RootTable,
+    options: Options,
+    buffers: Callable[[], BufferPool],
+    *,
+    read_only: bool,
+) -> Image:
+    layout = header.layout
+    damage = DamageLog(name)
+    header_file = HeaderFile(header, file)
+    writer = MetadataWriter(file)
+    width = RefcountWidth(layout.refcount_order)
+    blocks = TableCache(
+        file, typecode=width.typecode, slice_bytes=options.slice_bytes,
+        bytes_max=options.refcount_cache_bytes, write_back=writer.write_back,
+    )  # fmt: skip
+    l2 = TableCache(
+        file, typecode="Q", slice_bytes=options.slice_bytes,
+        bytes_max=options.l2_cache_bytes, write_back=writer.write_back,
+    )  # fmt: skip
+    writer.attach(blocks=blocks, reftable=reftable, l2=l2, l1=l1)
+    refcounts = Refcounts(
+        layout, file=file, cache=blocks, table=reftable, width=width, writer=writer,
+        header=header_file, damage=damage, pass_discard=options.pass_discard,
+    )  # fmt: skip
+    clusters = ClusterMap(
+        layout, file=file, l1=l1, l2=l2, refcounts=refcounts, writer=writer, damage=damage
+    )
+    mutex = Mutex()
+    reader = GuestReader(
+        layout, file=file, clusters=clusters, backing=None,
+        decompress=decompressor(name, header.compression_type), damage=damage, read_only=read_only,
+    )  # fmt: skip
+    guest_writer = GuestWriter(
+        layout, file=file, clusters=clusters, refcounts=refcounts, writer=writer, reader=reader,
+        mutex=mutex, buffers=buffers, disk_bytes=header.size,
+    )  # fmt: skip
+    eraser = GuestEraser(
+        layout, clusters=clusters, writer=writer, reader=reader, guest_writer=guest_writer,
+        mutex=mutex,
+    )  # fmt: skip
+    return Image(
+        name=name, layout=layout, file=file, header_file=header_file, l1=l1, writer=writer,
+        refcounts=refcounts, clusters=clusters, reader=reader, guest_writer=guest_writer,
+        eraser=eraser, locks=ClusterLocks(), mutex=mutex,
+    )  # fmt: skip

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Making the virtual disk larger.
+
+What is new must read as zeroes: the rest of the last cluster, which may hold anything, and what a
+longer backing file would show there. Both are zeroed first; then the L1 table moves if it has too
+few entries, its new place complete before the header names it; the size comes last. A crash on the
+way leaves the old disk.
+"""
+
+from __future__ import annotations
+
+import errno
+from array import array
+from typing import TYPE_CHECKING
+
+from blockemu.drivers.errors import io_error
+from blockemu.drivers.qcow2.layout import L1_BYTES_MAX, div_up
+from blockemu.drivers.qcow2.metadata_writer import Reference
+from blockemu.drivers.qcow2.root_table import ENTRY_BYTES
+from blockemu.drivers.qcow2.table_cache import disk_bytes
+
+if TYPE_CHECKING:
+    from blockemu.drivers.qcow2.image import Image
+
+
+async def grow(image: Image, length: int, *, preallocation: str) -> None:
+    """Make the disk `length` bytes long. The node is quiet.
+
+    Raises: OSError (ENOTSUP: smaller, or with preallocation; EFBIG: the format's limit).
+    """
+    old = image.guest_writer.disk_bytes
+    if length < old or preallocation != "off":
+        raise io_error(errno.ENOTSUP, f"{image.name}: shrinking and preallocation on resize")
+    if length == old:
+        return
+    last = div_up(length, image.layout.cluster_size) - 1
+    held = await image.locks.exclusive(0, last)
+    try:
+        async with image.mutex:
+            await _grow_l1(image, image.layout.l1_entries(length))
+        image.guest_writer.disk_bytes = length
+        try:
+            await _zero_new(image, old, length)
+            await image.flush()
+            await image.header_file.set_size(length)
+        except BaseException:
+            image.guest_writer.disk_bytes = old
+            image.header.size = old
+            raise
+    finally:
+        image.locks.release(held)
+
+
+async def _zero_new(image: Image, old: int, new: int) -> None:
+    """Zeroes where the old disk's last cluster, or the backing file, would show through."""
+    cluster_end = min(div_up(old, image.layout.cluster_size) * image.layout.cluster_size, new)
+    if cluster_end > old:
+        await image.guest_writer.write(old, memoryview(bytes(cluster_end - old)))
+    backing = image.reader.backing
+    if backing is not None and backing.length_bytes > cluster_end:
+        end = min(new, backing.length_bytes)
+        await image.eraser.zero(cluster_end, end - cluster_end, may_unmap=True)
+
+
+async def _grow_l1(image: Image, entries: int) -> None:
+    l1 = image.l1
+    if entries <= len(l1):
+        return
+    if entries * ENTRY_BYTES > L1_BYTES_MAX:
+        raise io_error(errno.EFBIG, f"{image.name}: the L1 table would be larger than 32 MiB")
+    size, bits = image.layout.cluster_size, image.layout.cluster_bits
+    words = l1.words + array("Q", bytes((entries - len(l1)) * ENTRY_BYTES))
+    await image.writer.flush()  # no dirty L1 entries from here on
+    words[: len(l1)] = l1.words
+    clusters = div_up(entries * ENTRY_BYTES, size)
+    taken = await image.refcounts.allocate_contiguous(clusters)
+    offset = taken.first << bits
+    try:
+        table = disk_bytes(words)
+        await image.file.write(offset, table + bytes(clusters * size - len(table)))
+        await image.writer.flush()
+    except BaseException:
+        await image.refcounts.release(Reference(taken.first, clusters))
+        raise
+    freed = Reference(l1.offset >> bits, div_up(len(l1) * ENTRY_BYTES, size))
+    try:
+        await image.header_file.move_l1(offset=offset, entries=entries)
+    except BaseException:
+        image.writer.stop("the L1 table's new place may not be in the header")
+        raise
+    l1.replace(words, offset=offset)
+    if freed.clusters:
+        await image.refcounts.release(freed)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block status: what a guest range is in this image's own layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from blockemu.drivers.driver import BlockStatus
+from blockemu.drivers.qcow2.cluster_map import Extent, Kind
+
+if TYPE_CHECKING:
+    from blockemu.drivers.qcow2.image import Image
+
+SLICES_MAX = 256
+"""L2 slices looked through for one answer: bounds the time until a caller hears something."""
+
+
+async def block_status(image: Image, offset: int, length: int) -> BlockStatus:
+    """Describe the bytes from `offset`, as far as one description fits. Raises: OSError."""
+    backing = image.reader.backing
+    if backing is not None and offset < backing.length_bytes:
+        length = min(length, backing.length_bytes - offset)  # behind it, unallocated means zero
+    first = await image.clusters.resolve(offset, length)
+    covered = first.length
+    for _ in range(SLICES_MAX):
+        if covered >= length:
+            break
+        following = await image.clusters.resolve(offset + covered, length - covered)
+        if not _continues(first, following, covered):
+            break
+        covered += following.length
+    return _describe(image, first, offset, covered)
+
+
+def _continues(first: Extent, following: Extent, covered: int) -> bool:
+    if following.kind is not first.kind:
+        return False
+    if first.kind in (Kind.DATA, Kind.ZERO_ALLOCATED):
+        return following.host == first.host + covered
+    return True
+
+
+def _describe(image: Image, extent: Extent, offset: int, length: int) -> BlockStatus:
+    kind = extent.kind
+    zero = image.reader.reads_zero(extent, offset)
+    if kind is Kind.UNALLOCATED:
+        return BlockStatus(length, data=False, zero=zero, allocated=False)
+    if kind is Kind.DATA:
+        return BlockStatus(
+            length, data=True, zero=False, host_offset=extent.host,
+            file=image.file.child.node.filename,
+        )  # fmt: skip
+    if kind is Kind.ZERO_ALLOCATED:
+        return BlockStatus(
+            length, data=False, zero=True, host_offset=extent.host,
+            file=image.file.child.node.filename,
+        )  # fmt: skip
+    return BlockStatus(length, data=not zero, zero=zero)
