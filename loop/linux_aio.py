@@ -183,12 +183,10 @@ class LinuxAio:
         self._notifier.test_and_clear()
         for _ in range(REAPS_PER_ROUND_MAX):
             count = lib.aio_queue_reap(self._queue)
-            if not count:
-                return
             self._take(count)
             self._finish()
-            if self._closed:
-                return
+            if count < self.depth or self._closed:
+                return  # the ring was empty; what came later has set the notifier again
         self._notifier.set()  # more may be there: come back in the next round
 
     def _take(self, count: int) -> None:

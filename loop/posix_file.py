@@ -41,10 +41,6 @@ class PosixFile(HostFile):
         self._fd = fd
         self._flushes = GroupFlush(fd, path, sticky=not direct)
 
-    def fileno(self) -> int:
-        """The descriptor, for those who serve the file without us; it stays ours to close."""
-        return self._fd
-
     def size_bytes(self) -> int:
         if self.is_block_device:
             return os.lseek(self._fd, 0, os.SEEK_END)
