@@ -40,8 +40,10 @@ class DirectFile(PosixFile):
         self._native = native
         self._aio: LinuxAio | None = None
         self._aio_sought = not native
-        # Opened now and not when it is needed: by then we may lack the right to.
-        self._tail_fd = -1 if read_only else _open_buffered(fd)
+        # Opened now and not when it is needed: by then we may lack the right to. Devices have no
+        # ragged end, and closing a second descriptor of one would send udev looking at it.
+        has_tail = not (read_only or self.is_block_device)
+        self._tail_fd = _open_buffered(fd) if has_tail else -1
 
     def attach(self, ctx: AioContext) -> None:
         super().attach(ctx)

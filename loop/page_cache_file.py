@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
@@ -100,7 +101,12 @@ class MemoryFilesystemFile(PosixFile):
 
 
 def is_memory_filesystem(fd: int) -> bool:
-    """Whether the file lies on tmpfs or ramfs."""
+    """Whether this is a file on tmpfs or ramfs.
+
+    A block device isn't, though its node in /dev is: statfs speaks of the node's filesystem.
+    """
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        return False
     return lib.file_system_magic(fd) in (TMPFS_MAGIC, RAMFS_MAGIC)
 
 

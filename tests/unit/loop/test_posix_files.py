@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from blockemu.loop import blocking_io, direct_alignment, page_cache_file, posix_files
+from blockemu.loop import blocking_io, direct_alignment
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.blocking_io import read_fully, write_fully
 from blockemu.loop.buffers import Buffer
@@ -41,7 +41,7 @@ def path(tmp_path: Path) -> str:
 
 
 def open_file(path: str, ctx: AioContext, **options: Any) -> HostFile:
-    settings = {"read_only": False, "direct": False, "aio": "threads"} | options
+    settings: dict[str, Any] = {"read_only": False, "direct": False, "aio": "threads"} | options
     file = PosixFiles().open(path, **settings)
     file.attach(ctx)
     return file
@@ -80,7 +80,7 @@ def test_open_without_direct_io_says_so(
     def refuse(name: str, flags: int, mode: int) -> int:
         raise OSError(errno.EINVAL, "Invalid argument", name)
 
-    monkeypatch.setattr(posix_files.os, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(OSError) as caught:
         open_file(path, ctx, direct=True)
     assert caught.value.errno == errno.EINVAL
@@ -119,7 +119,7 @@ def test_read_goes_to_worker_where_nowait_is_refused(
             raise OSError(errno.EOPNOTSUPP, "no")
         return real(fd, buffers, offset)
 
-    monkeypatch.setattr(page_cache_file.os, "preadv", refuses)
+    monkeypatch.setattr(os, "preadv", refuses)
     view = memoryview(bytearray(BLOCK))
     assert ctx.run(finish(file.start_read, BLOCK, view)) == BLOCK
     assert bytes(view) == b"\x01" * BLOCK
@@ -138,7 +138,7 @@ def test_partly_cached_read_is_completed_by_worker(
     def has_one_block(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
         return real(fd, [buffers[0][:BLOCK]] if flags else buffers, offset)
 
-    monkeypatch.setattr(page_cache_file.os, "preadv", has_one_block)
+    monkeypatch.setattr(os, "preadv", has_one_block)
     view = memoryview(bytearray(3 * BLOCK))
     assert ctx.run(finish(file.start_read, BLOCK, view)) == 3 * BLOCK
     assert bytes(view) == b"\x01" * BLOCK + b"\x02" * BLOCK + b"\x03" * BLOCK
@@ -153,7 +153,7 @@ def test_read_error_reaches_caller_as_errno(
     def fails(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
         raise OSError(errno.EIO, "broken")
 
-    monkeypatch.setattr(page_cache_file.os, "preadv", fails)
+    monkeypatch.setattr(os, "preadv", fails)
     view = memoryview(bytearray(BLOCK))
     assert ctx.run(finish(file.start_read, 0, view)) == -errno.EIO
     with pytest.raises(OSError) as caught:
@@ -167,9 +167,7 @@ def test_read_error_reaches_caller_as_errno(
 
 def test_read_fully_goes_on_after_short_reads(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     real = os.preadv
-    monkeypatch.setattr(
-        blocking_io.os, "preadv", lambda fd, buffers, at: real(fd, [buffers[0][:1000]], at)
-    )
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: real(fd, [buffers[0][:1000]], at))
     fd = os.open(path, os.O_RDONLY)
     view = memoryview(bytearray(2 * BLOCK))
     assert read_fully(fd, view, BLOCK) == 2 * BLOCK
@@ -179,7 +177,7 @@ def test_read_fully_goes_on_after_short_reads(monkeypatch: pytest.MonkeyPatch, p
 
 def test_write_fully_goes_on_after_short_writes(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     real = os.pwrite
-    monkeypatch.setattr(blocking_io.os, "pwrite", lambda fd, view, at: real(fd, view[:1000], at))
+    monkeypatch.setattr(os, "pwrite", lambda fd, view, at: real(fd, view[:1000], at))
     fd = os.open(path, os.O_RDWR)
     assert write_fully(fd, memoryview(b"w" * 5000), 10) == 5000
     assert os.pread(fd, 5002, 9) == b"\x00" + b"w" * 5000 + b"\x01"
@@ -194,7 +192,7 @@ def test_write_fully_reports_error_after_short_write(
             raise OSError(errno.ENOSPC, "full")
         return 1000
 
-    monkeypatch.setattr(blocking_io.os, "pwrite", full)
+    monkeypatch.setattr(os, "pwrite", full)
     assert write_fully(0, memoryview(bytes(BLOCK)), 0) == -errno.ENOSPC
 
 
@@ -272,13 +270,13 @@ def test_alignment_is_found_by_trying(
         return len(buffers[0])
 
     monkeypatch.setattr(direct_alignment, "_ask_statx", lambda fd: None)
-    monkeypatch.setattr(direct_alignment.os, "preadv", picky)
+    monkeypatch.setattr(os, "preadv", picky)
     assert probe_direct_alignment(0, is_block_device=False) == (needed, needed)
 
 
 def test_alignment_that_nobody_asks_for_is_4096(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(direct_alignment, "_ask_statx", lambda fd: None)
-    monkeypatch.setattr(direct_alignment.os, "preadv", lambda fd, buffers, at: len(buffers[0]))
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: len(buffers[0]))
     assert probe_direct_alignment(0, is_block_device=False) == (4096, 4096)
 
 
@@ -289,7 +287,7 @@ def test_alignment_with_no_working_read_is_refused(
         raise OSError(errno.EINVAL, "no")
 
     monkeypatch.setattr(direct_alignment, "_ask_statx", lambda fd: None)
-    monkeypatch.setattr(direct_alignment.os, "preadv", refuses)
+    monkeypatch.setattr(os, "preadv", refuses)
     with pytest.raises(OSError, match="does not support O_DIRECT"):
         probe_direct_alignment(0, is_block_device=False)
 
@@ -338,6 +336,8 @@ def test_block_device_reads_writes_zeroes_and_discards(
 ) -> None:
     file = open_file(loop_device, ctx, direct=direct, aio="native")
     assert file.is_block_device
+    # The node lies on devtmpfs, which looks like tmpfs; the device itself must be waited for.
+    assert isinstance(file, DirectFile if direct else PageCacheFile)
     assert file.size_bytes() == 1 << 20
     assert file.request_alignment == (512 if direct else 1)
     view = Buffer(8 * BLOCK).view
