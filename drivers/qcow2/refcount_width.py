@@ -52,7 +52,16 @@ class RefcountWidth:
         if not self._in_byte:
             words[first : first + count] = array(self.typecode, (1,)) * count
             return
-        for index in range(first, first + count):
+        per_word, end = 1 << self._in_byte, first + count
+        while first < end and (first % per_word or end - first < per_word):
+            self.set(words, first, 1)
+            first += 1
+        whole = (end - first) >> self._in_byte
+        ones = sum(1 << (position << self._order) for position in range(per_word))
+        words[first >> self._in_byte : (first >> self._in_byte) + whole] = (
+            array(self.typecode, (ones,)) * whole
+        )
+        for index in range(first + (whole << self._in_byte), end):
             self.set(words, index, 1)
 
     def find_free(self, words: array[int], start: int, stop: int) -> int:

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing a new image.
+
+Layout of what is made, each part contiguous, in clusters:
+
+    header | refcount table | refcount blocks | L1 table | L2 tables | data
+
+The last two exist with preallocation only; data then is a hole (metadata), allocated by the host
+(falloc) or written (full). Everything counts 1. The header comes last, so that a creation that was
+cut short leaves no image.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, NamedTuple
+
+from blockemu.drivers.driver import RequestFlags
+from blockemu.drivers.errors import ImageError
+from blockemu.drivers.qcow2.features import COMPRESSION, LAZY_REFCOUNTS, name_table
+from blockemu.drivers.qcow2.header import (
+    EXTENSION_BACKING_FORMAT,
+    EXTENSION_FEATURE_NAMES,
+    V3_LENGTH,
+    V3_LENGTH_MIN,
+    Extension,
+    Header,
+)
+from blockemu.drivers.qcow2.layout import COPIED, HOST_OFFSET_MAX, REFTABLE_BYTES_MAX, div_up
+from blockemu.drivers.qcow2.refcount_width import RefcountWidth
+from blockemu.drivers.qcow2.table_cache import disk_bytes
+
+if TYPE_CHECKING:
+    from blockemu.drivers.node import BlockDriverState
+    from blockemu.drivers.qcow2.create_options import CreateOptions
+
+WRITE_BYTES = 1024 * 1024
+"""Tables are made and written in pieces of about this size: bounds the memory."""
+
+
+class _Plan(NamedTuple):
+    """Where each part begins, in clusters, and where the last one ends."""
+
+    blocks: int
+    l1: int
+    l2: int
+    data: int
+    end: int
+
+
+async def create(node: BlockDriverState, name: str, options: CreateOptions) -> None:
+    """Make the file or device under `node` a new, empty qcow2 image.
+
+    What it held is lost. Suspends: for I/O. Raises: ImageError; OSError of the file.
+    """
+    plan = _plan(name, options)
+    header = _header(options, plan)
+    first_cluster = header.serialise(name)
+    size = options.layout.cluster_size
+    await _make_room(node, name, plan, options)
+    await _write_refcounts(node, options, plan)
+    if plan.l2 > plan.l1:
+        await _write_l1(node, options, plan)
+    if plan.data > plan.l2:
+        await _write_entries(
+            node, plan.l2 * size, plan.data, options, entries=div_up(options.size_bytes, size),
+            table_bytes=(plan.data - plan.l2) * size,
+        )  # fmt: skip
+    await node.flush()
+    await node.pwritev(0, memoryview(first_cluster + bytes(size - len(first_cluster))))
+    await node.flush()
+
+
+def _plan(name: str, options: CreateOptions) -> _Plan:
+    layout = options.layout
+    size = layout.cluster_size
+    l1 = div_up(layout.l1_entries(options.size_bytes) * 8, size)
+    data = div_up(options.size_bytes, size) if options.preallocation != "off" else 0
+    l2 = div_up(data, 1 << layout.l2_bits)
+    table, blocks = 1, 0
+    while True:
+        end = 1 + table + blocks + l1 + l2 + data
+        wanted_blocks = div_up(end, layout.block_entries)
+        wanted_table = max(div_up(wanted_blocks * 8, size), 1)
+        if (wanted_table, wanted_blocks) == (table, blocks):
+            break
+        table, blocks = wanted_table, wanted_blocks
+    if table * size > REFTABLE_BYTES_MAX or end * size > HOST_OFFSET_MAX:
+        raise ImageError(name, "too large to preallocate with this cluster size")
+    first = 1 + table
+    return _Plan(first, first + blocks, first + blocks + l1, first + blocks + l1 + l2, end)
+
+
+def _header(options: CreateOptions, plan: _Plan) -> Header:
+    layout = options.layout
+    size = layout.cluster_size
+    l1_entries = layout.l1_entries(options.size_bytes)
+    header = Header(
+        version=layout.version,
+        cluster_bits=layout.cluster_bits,
+        size=options.size_bytes,
+        l1_size=l1_entries,
+        l1_table_offset=plan.l1 * size,
+        refcount_table_offset=size,
+        refcount_table_clusters=plan.blocks - 1,
+        refcount_order=layout.refcount_order,
+        backing_file=options.backing_file,
+    )
+    if options.backing_fmt is not None:
+        header.extensions.append(
+            Extension(EXTENSION_BACKING_FORMAT, options.backing_fmt.encode("utf-8"))
+        )
+    if layout.version == 3:
+        _add_v3(header, options)
+    return header
+
+
+def _add_v3(header: Header, options: CreateOptions) -> None:
+    if options.lazy_refcounts:
+        header.compatible_features |= LAZY_REFCOUNTS
+    if options.compression_type:
+        header.incompatible_features |= COMPRESSION
+        header.compression_type = options.compression_type
+    header.additional = bytes((options.compression_type,)).ljust(V3_LENGTH - V3_LENGTH_MIN, b"\0")
+    names = Extension(EXTENSION_FEATURE_NAMES, name_table())
+    # Helpful, not needed: the smallest clusters have no room for it beside a backing file's name.
+    backing_bytes = len((options.backing_file or "").encode("utf-8", "surrogateescape"))
+    others = sum(16 + len(extension.data) for extension in header.extensions)
+    if V3_LENGTH + 16 + len(names.data) + others + backing_bytes <= header.cluster_size:
+        header.extensions.append(names)
+
+
+async def _make_room(
+    node: BlockDriverState, name: str, plan: _Plan, options: CreateOptions
+) -> None:
+    length = plan.end * options.layout.cluster_size
+    host_file = node.driver.host_file
+    if host_file is not None and host_file.is_block_device:
+        if length > node.length_bytes:
+            raise ImageError(name, f"has {node.length_bytes} bytes; the image needs {length}")
+        data = plan.data * options.layout.cluster_size
+        if data < length:  # a device may hold anything, and the guest would see it
+            await node.pwrite_zeroes(data, length - data, RequestFlags.MAY_UNMAP)
+        return
+    preallocation = options.preallocation
+    await node.truncate(0)
+    await node.truncate(
+        length, preallocation=preallocation if preallocation in ("falloc", "full") else "off"
+    )
+
+
+async def _write_refcounts(node: BlockDriverState, options: CreateOptions, plan: _Plan) -> None:
+    """The refcount table, and blocks that count 1 for every cluster up to the plan's end."""
+    layout = options.layout
+    size = layout.cluster_size
+    count = plan.l1 - plan.blocks
+    entries = array("Q", range(plan.blocks * size, plan.l1 * size, size))
+    table = disk_bytes(entries)
+    await node.pwritev(size, memoryview(table + bytes(-len(table) % size)))
+    width = RefcountWidth(layout.refcount_order)
+    full = _block(width, size, layout.block_entries)
+    last = _block(width, size, plan.end - (count - 1) * layout.block_entries)
+    at_once = max(WRITE_BYTES // size, 1)
+    for block in range(0, count, at_once):
+        blocks = min(at_once, count - block)
+        is_last = block + blocks == count
+        data = full * (blocks - 1) + (last if is_last else full)
+        await node.pwritev((plan.blocks + block) * size, memoryview(data))
+
+
+def _block(width: RefcountWidth, size: int, ones: int) -> bytes:
+    words = array(width.typecode, bytes(size))
+    width.set_ones(words, 0, ones)
+    return disk_bytes(words)
+
+
+async def _write_l1(node: BlockDriverState, options: CreateOptions, plan: _Plan) -> None:
+    size = options.layout.cluster_size
+    table_bytes = (plan.l2 - plan.l1) * size
+    entries = plan.data - plan.l2
+    await _write_entries(
+        node, plan.l1 * size, plan.l2, options, entries=entries, table_bytes=table_bytes
+    )
+
+
+async def _write_entries(
+    node: BlockDriverState,
+    offset: int,
+    first: int,
+    options: CreateOptions,
+    *,
+    entries: int,
+    table_bytes: int,
+) -> None:
+    """A table at `offset` whose `entries` name the clusters from `first` on; zeroes behind them."""
+    bits = options.layout.cluster_bits
+    for start in range(0, table_bytes, WRITE_BYTES):
+        length = min(WRITE_BYTES, table_bytes - start)
+        low = first + min(start // 8, entries)
+        high = first + min((start + length) // 8, entries)
+        words = array("Q", (cluster << bits | COPIED for cluster in range(low, high)))
+        data = disk_bytes(words)
+        await node.pwritev(offset + start, memoryview(data + bytes(length - len(data))))
+
