@@ -35,6 +35,8 @@ DAEMON_UID = 10809  # as the Dockerfile says
 BUILD_TIMEOUT_S = 900
 CLIENT_TIMEOUT_S = 60
 PATTERN = 0x5A
+# Not /images: buildah puts the volume of the image over what is mounted there by hand.
+INSIDE = "/disks"
 DISK_BYTES = 64 * 1024 * 1024
 
 
@@ -76,8 +78,8 @@ class Engine:
         run([self.program, "build", "-t", IMAGE, REPOSITORY])
 
     def daemon(self, folder: Path, arguments: Sequence[str]) -> list[str]:
-        """The command that runs the image's entry point with `folder` as /images."""
-        return [self.program, "run", "--rm", "-v", f"{folder}:/images", IMAGE, *arguments]
+        """The command that runs the image's entry point with `folder` as INSIDE."""
+        return [self.program, "run", "--rm", "-v", f"{folder}:{INSIDE}", IMAGE, *arguments]
 
 
 class Buildah:
@@ -121,12 +123,12 @@ class Buildah:
         shutil.rmtree(root)
 
     def daemon(self, folder: Path, arguments: Sequence[str]) -> list[str]:
-        """The command that runs the image's entry point with `folder` as /images."""
+        """The command that runs the image's entry point with `folder` as INSIDE."""
         if self.container is None:
             self.container = answer([*self.buildah, "from", "--pull-never", IMAGE])
         found = json.loads(answer([*self.buildah, "inspect", "--type", "image", IMAGE]))
         entry_point = found["OCIv1"]["config"]["Entrypoint"]
-        command = [*self.buildah, "run", "--isolation", "chroot", "--volume", f"{folder}:/images"]
+        command = [*self.buildah, "run", "--isolation", "chroot", "--volume", f"{folder}:{INSIDE}"]
         return [*map(str, command), self.container, "--", *entry_point, *arguments]
 
     def remove_container(self) -> None:
@@ -212,10 +214,11 @@ def served(engine: Engine | Buildah, folder: Path) -> Iterator[tuple[str, int]]:
 
     It has said that it is ready; leaving the context stops it with SIGTERM.
     """
-    arguments = ["serve", "/images/disk.qcow2", "-f", "qcow2", "--socket", "/images/nbd.sock"]
+    arguments = ["serve", f"{INSIDE}/disk.qcow2", "-f", "qcow2", "--socket", f"{INSIDE}/nbd.sock"]
     command = engine.daemon(folder, arguments)
     print("+", *command, flush=True)
     server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    pid = 0
     try:
         assert server.stdout is not None
         readable, _, _ = select.select([server.stdout], [], [], CLIENT_TIMEOUT_S)
@@ -231,6 +234,9 @@ def served(engine: Engine | Buildah, folder: Path) -> Iterator[tuple[str, int]]:
         if code != 0:
             raise ImageTestFailed(f"the daemon exited with {code} after SIGTERM, not with 0")
     finally:
+        if server.poll() is None and pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)  # it would outlive buildah's client
         server.kill()
         server.wait()
 
@@ -251,7 +257,7 @@ def test(engine: Engine | Buildah) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o777)  # the daemon's user makes the disk and the socket in it
-        create = ["img", "create", "-f", "qcow2", "/images/disk.qcow2", str(DISK_BYTES)]
+        create = ["img", "create", "-f", "qcow2", f"{INSIDE}/disk.qcow2", str(DISK_BYTES)]
         run(engine.daemon(folder, create), timeout_s=CLIENT_TIMEOUT_S)
         write = f"write -P {PATTERN} 1M 64k"
         run(["qemu-io", "-f", "qcow2", "-c", write, folder / "disk.qcow2"])
