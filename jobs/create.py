@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The create job: makes a new image, through the drivers.
+
+The file is opened as a node first, with its image lock, so that an image which somebody uses is
+refused before a byte of it is lost. A file that this job has made is removed again when the job
+fails; one that was there before stays, with whatever it then holds, as it does with qemu-img.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from blockemu.drivers.backend import BlockBackend
+from blockemu.drivers.errors import ImageError
+from blockemu.drivers.qcow2.create import create as qcow2_create
+from blockemu.drivers.qcow2.create_options import CreateOptions
+from blockemu.jobs.job import Job
+
+if TYPE_CHECKING:
+    from blockemu.drivers.node import BlockDriverState
+    from blockemu.drivers.registry import Opener
+
+FormatWriter = Callable[["BlockDriverState"], Awaitable[None]]
+"""Writes an empty image of some format into a file's node."""
+
+SECTOR_BYTES = 512
+"""Sizes of new images are rounded up to whole sectors, as qemu-img does."""
+
+RAW_PREALLOCATIONS = ("off", "falloc", "full")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewImage:
+    """What is to be made. `options` are the format's own, under qemu-img's names."""
+
+    path: str
+    fmt: str
+    size_bytes: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class CreateJob(Job):
+    """Context: the main context, which is where graphs are opened."""
+
+    kind: ClassVar[str] = "create"
+
+    def __init__(self, job_id: str, image: NewImage, *, opener: Opener, **kwargs: Any) -> None:
+        super().__init__(job_id, main_ctx=opener.ctx, **kwargs)
+        self.image = image
+        self._opener = opener
+        self._made_file = False
+
+    async def work(self) -> None:
+        """Make the image. Raises: ImageError."""
+        path = self.image.path
+        if self.image.fmt not in _FORMATS:
+            known = ", ".join(sorted(_FORMATS))
+            raise ImageError(path, f"can't create format '{self.image.fmt}'; known: {known}")
+        write_format = _FORMATS[self.image.fmt](self.image)
+        self.add_work(1)
+        try:
+            await self._create(write_format)
+        except OSError as error:
+            raise ImageError.from_os_error(path, error) from error
+        self.work_done(1)
+
+    async def _create(self, write_format: FormatWriter) -> None:
+        path = self.image.path
+        self._make_file(path)
+        node = await self._opener.open({"driver": "file", "filename": path, "aio": "threads"})
+        try:
+            backend = BlockBackend(path, node, writable=True)
+        except BaseException:
+            await node.close()
+            raise
+        try:
+            await self.pause_point()
+            await write_format(node)
+        finally:
+            await backend.close()
+
+    def _make_file(self, path: str) -> None:
+        existed = os.path.lexists(path)
+        self._opener.files.open(
+            path, read_only=False, direct=False, aio="threads", create=True
+        ).close()
+        self._made_file = not existed
+
+    def abort(self) -> None:
+        """Leave no half-made file behind."""
+        if self._made_file:
+            try:
+                os.unlink(self.image.path)
+            except OSError:
+                pass
+
+
+def _raw_writer(image: NewImage) -> FormatWriter:
+    """A raw image is its size. Raises: ImageError, for options that can't be."""
+    options = dict(image.options)
+    preallocation = options.pop("preallocation", None) or "off"
+    if preallocation not in RAW_PREALLOCATIONS:
+        known = ", ".join(RAW_PREALLOCATIONS)
+        raise ImageError(
+            image.path, f"format raw has no preallocation '{preallocation}'; it has {known}"
+        )
+    if options:
+        raise ImageError(image.path, f"format raw has no option '{next(iter(options))}'")
+    length = -(-image.size_bytes // SECTOR_BYTES) * SECTOR_BYTES
+
+    async def write(node: BlockDriverState) -> None:
+        file = node.driver.host_file
+        if file is not None and file.is_block_device:
+            if length > node.length_bytes:
+                raise ImageError(image.path, f"has {node.length_bytes} bytes, fewer than {length}")
+            return
+        await node.truncate(0)
+        await node.truncate(length, preallocation=preallocation)
+
+    return write
+
+
+def _qcow2_writer(image: NewImage) -> FormatWriter:
+    options = CreateOptions.parse(image.path, image.size_bytes, image.options)
+
+    async def write(node: BlockDriverState) -> None:
+        await qcow2_create(node, image.path, options)
+
+    return write
+
+
+_FORMATS: dict[str, Callable[[NewImage], FormatWriter]] = {
+    "raw": _raw_writer,
+    "qcow2": _qcow2_writer,
+}
+"""Checks the options before anything is touched, and returns what writes the format."""
