@@ -14,6 +14,7 @@ import dataclasses
 import enum
 import types
 import typing
+from collections.abc import Hashable
 from functools import cache
 from typing import Any, TypeVar
 
@@ -41,7 +42,9 @@ def member_key(field: dataclasses.Field[Any]) -> str:
 
 
 @cache
-def _members(cls: type) -> dict[str, _Member]:
+def _members(cls: Hashable) -> dict[str, _Member]:
+    assert isinstance(cls, type)
+    assert dataclasses.is_dataclass(cls), cls
     annotations = typing.get_type_hints(cls)
     found = {}
     for field in dataclasses.fields(cls):
@@ -56,7 +59,7 @@ def _members(cls: type) -> dict[str, _Member]:
 
 def parse_arguments(cls: type[T], members: dict[str, Any], *, path: str = "") -> T:
     """An instance of the dataclass `cls` made of JSON `members`. Raises: QmpError."""
-    known = _members(cls)
+    known = _members(typing.cast(Hashable, cls))
     values: dict[str, Any] = {}
     for key, member in known.items():
         if key in members:

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`blockemu img`: the group of qemu-img's subcommands."""
+
+from __future__ import annotations
+
+import click
+
+from blockemu.cli.img_create import create
+from blockemu.cli.img_info import info
+
+EPILOG = """
+\b
+Examples:
+  blockemu img create -f qcow2 -o cluster_size=64k disk.qcow2 10G
+  blockemu img info --output json disk.qcow2
+"""
+
+
+@click.group(epilog=EPILOG)
+@click.help_option("-h", "--help")
+def img() -> None:
+    """Make and describe disk images: qemu-img's subcommands, with its options and output."""
+
+
+img.add_command(create)
+img.add_command(info)

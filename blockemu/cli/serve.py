@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`blockemu serve`: images over NBD, with one command."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from blockemu.cli.verbosity import verbose_option
+
+EPILOG = """
+Each IMAGE is an export of its own, named after its file without the extension, and runs on an
+IOThread of its own. The first is also the default export, which clients get that ask for none.
+When clients can connect, one line per export is printed: its URI, then what it is. SIGTERM and
+SIGINT end the daemon in good order: requests are answered, images flushed and closed.
+
+\b
+Examples:
+  blockemu serve -f qcow2 disk.qcow2
+  blockemu serve -f raw --cache direct --bind :: --port 10810 /dev/vg0/disk
+  blockemu serve --socket /run/nbd.sock --name root --name data root.qcow2 data.qcow2
+  blockemu serve --read-only --control /run/blockemu.qmp disk.qcow2
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.option(
+    "-f",
+    "--format",
+    "fmt",
+    type=click.Choice(["raw", "qcow2"]),
+    help="Format of the images; without it, it is found out, and an image that names a "
+    "backing or data file is refused.",
+)
+@click.option(
+    "--name",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="Export name of an image; repeat it for more images, in their order.",
+)
+@click.option(
+    "--socket", "socket_path", metavar="PATH", help="Listen on this unix socket, and not on TCP."
+)
+@click.option(
+    "--bind",
+    "host",
+    metavar="ADDR",
+    default=None,
+    help="Listen on this address or host name.  [default: 127.0.0.1]",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=None,
+    help="Listen on this TCP port; 0 is any free one.  [default: 10809]",
+)
+@click.option("--read-only", "-r", is_flag=True, help="Open the images for reading only.")
+@click.option(
+    "--cache",
+    type=click.Choice(["direct", "writeback"]),
+    default="writeback",
+    show_default=True,
+    help="direct goes past the host's page cache (O_DIRECT).",
+)
+@click.option(
+    "--aio",
+    type=click.Choice(["native", "threads"]),
+    default="native",
+    show_default=True,
+    help="How host I/O is done. native is Linux AIO with --cache direct; with writeback, "
+    "reads that the page cache can answer are done in place, the rest by threads.",
+)
+@click.option(
+    "--iothread",
+    "iothreads",
+    multiple=True,
+    metavar="NAME",
+    help="Run all exports on one thread of this name; or, repeated once for each image, "
+    "each on the one named.",
+)
+@click.option(
+    "--control",
+    "control_path",
+    metavar="PATH",
+    help="Listen for QMP (QEMU's machine protocol) on this unix socket.",
+)
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.help_option("-h", "--help")
+@verbose_option
+def serve(
+    fmt: str | None,
+    names: tuple[str, ...],
+    socket_path: str | None,
+    host: str | None,
+    port: int | None,
+    read_only: bool,
+    cache: str,
+    aio: str,
+    iothreads: tuple[str, ...],
+    control_path: str | None,
+    images: tuple[str, ...],
+) -> None:
+    """Serve disk images over NBD until told to stop."""
+    from blockemu.config import NBD_PORT, TcpAddress, UnixAddress, serve_config
+    from blockemu.daemon import Daemon
+    from blockemu.notify import make_notify
+
+    address: TcpAddress | UnixAddress
+    if socket_path is not None:
+        if host is not None or port is not None:
+            raise click.UsageError("--socket goes without --bind and --port.")
+        address = UnixAddress(socket_path)
+    else:
+        address = TcpAddress(
+            "127.0.0.1" if host is None else host, NBD_PORT if port is None else port
+        )
+    config = serve_config(
+        images,
+        names=names,
+        iothreads=iothreads,
+        fmt=fmt,
+        read_only=read_only,
+        direct=cache == "direct",
+        aio=aio,
+        address=address,
+        control_path=control_path,
+    )
+    daemon = Daemon(config, notify=make_notify(os.environ.get("NOTIFY_SOCKET")))
+    daemon.run(handle_signals=True, on_ready=announce)
+
+
+def announce(lines: list[str]) -> None:
+    """Print where the exports are; flushed, since a script may wait for it through a pipe."""
+    try:
+        for line in lines:
+            click.echo(line)
+    except OSError:
+        pass  # nobody listens any more; clients can connect all the same

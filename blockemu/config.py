@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a daemon is asked to do, as data: which images, under which names, where to listen.
+
+`serve_config` turns what a user types into it, fills in the defaults, and refuses what can't be
+meant, before anything is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+
+from blockemu.errors import DaemonError
+from blockemu.limits import Limits
+
+NBD_PORT = 10809
+"""Assigned to NBD by IANA."""
+
+IMAGES_MAX = 256
+"""Images of one `serve`: each has a thread of its own unless told otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class TcpAddress:
+    """Port 0 is any free port."""
+
+    host: str = "127.0.0.1"
+    port: int = NBD_PORT
+
+
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    """A socket path."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageConfig:
+    """One image, and the export that it becomes."""
+
+    path: str
+    export_name: str
+    iothread: str
+    fmt: str | None = None
+    """None: probe."""
+    read_only: bool = False
+    direct: bool = False
+    aio: str = "native"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DaemonConfig:
+    """Everything that a daemon knows when it starts."""
+
+    images: tuple[ImageConfig, ...]
+    address: TcpAddress | UnixAddress = field(default_factory=TcpAddress)
+    control_path: str | None = None
+    limits: Limits = field(default_factory=Limits)
+
+
+def serve_config(
+    paths: Sequence[str],
+    *,
+    names: Sequence[str] = (),
+    iothreads: Sequence[str] = (),
+    fmt: str | None = None,
+    read_only: bool = False,
+    direct: bool = False,
+    aio: str = "native",
+    address: TcpAddress | UnixAddress | None = None,
+    control_path: str | None = None,
+    limits: Limits | None = None,
+) -> DaemonConfig:
+    """The configuration of `blockemu serve`. Raises: DaemonError."""
+    if not paths:
+        raise DaemonError("serve", "no image given")
+    if len(paths) > IMAGES_MAX:
+        raise DaemonError("serve", f"more than {IMAGES_MAX} images")
+    limits = limits or Limits()
+    export_names = _export_names(paths, names, limits)
+    threads = _threads(len(paths), iothreads)
+    images = tuple(
+        ImageConfig(
+            path=path,
+            export_name=name,
+            iothread=thread,
+            fmt=fmt,
+            read_only=read_only,
+            direct=direct,
+            aio=aio,
+        )
+        for path, name, thread in zip(paths, export_names, threads, strict=True)
+    )
+    if isinstance(address, UnixAddress) and address.path == control_path:
+        raise DaemonError(address.path, "is given to both --socket and --control")
+    return DaemonConfig(
+        images=images,
+        address=address or TcpAddress(),
+        control_path=control_path,
+        limits=limits,
+    )
+
+
+def _export_names(paths: Sequence[str], names: Sequence[str], limits: Limits) -> list[str]:
+    """Given names in the order of the images; a file's stem for those that have none."""
+    if len(names) > len(paths):
+        raise DaemonError(names[len(paths)], "there are more --name options than images")
+    found: dict[str, str] = {}
+    for index, path in enumerate(paths):
+        name = names[index] if index < len(names) else PurePath(path).stem
+        if name in found:
+            raise DaemonError(
+                path, f"export name '{name}' is taken by {found[name]}; give each its own --name"
+            )
+        size = len(name.encode(errors="surrogateescape"))
+        if size > limits.name_length_max:
+            raise DaemonError(path, f"an export name has at most {limits.name_length_max} bytes")
+        found[name] = path
+    return list(found)
+
+
+def _threads(count: int, iothreads: Sequence[str]) -> list[str]:
+    """A thread for each image: one of its own, the one named, or those named, in order."""
+    if not iothreads:
+        return [f"iothread{index}" for index in range(count)]
+    if len(iothreads) == 1:
+        return [iothreads[0]] * count
+    if len(iothreads) != count:
+        raise DaemonError(
+            "--iothread",
+            f"given {len(iothreads)} times for {count} images; give it once, or once for each",
+        )
+    return list(iothreads)
