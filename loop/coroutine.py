@@ -281,7 +281,7 @@ class Task(Future[T]):
             coro.close()
         except Exception as error:
             self.ctx.exception_handler(f"{self!r} when it was abandoned", error)
-        self._end()
+        self.ctx._tasks.discard(self)
         self.set_exception(Cancelled())
 
     def _cancel_at_home(self) -> None:
@@ -329,8 +329,12 @@ class Task(Future[T]):
                 awaited = self._send(None)
         except StopIteration as stop:
             ctx._task = outer
-            self._end()
-            self.set_result(stop.value)
+            if ctx._tasks:
+                ctx._tasks.discard(self)
+            self._value = stop.value
+            self._done = True
+            if self._waiters:
+                self._wake_waiters()
         except BaseException as error:
             ctx._task = outer
             self._fail(error)
@@ -352,18 +356,12 @@ class Task(Future[T]):
         if awaited._done or (self._cancel_pending and not awaited.shielded):
             awaited._wake_if_unwoken(self)
 
-    def _end(self) -> None:
-        self.ctx._tasks.discard(self)
-        self._coro = None
-        del self._send
-
     def _fail(self, error: BaseException) -> None:
         if error.__traceback__ is not None:
             # The first frame is `_step`, whose locals hold the task: a cycle that would keep an
             # unread exception from being reported until the garbage collector comes by.
             error.__traceback__ = error.__traceback__.tb_next
-        if self._coro is not None:
-            self._end()
+        self.ctx._tasks.discard(self)
         if isinstance(error, Exception):
             self._unread = _Unread(self.ctx, repr(self), error)
         self.set_exception(error)

@@ -97,7 +97,8 @@ class ThreadPool:
     ) -> None:
         """Run `fn(*args)` in a worker, then `done(its result, or the exception it raised)` at home.
 
-        Jobs start in the order of submission and may finish in any.
+        Jobs start in the order of submission and may finish in any. A function that returns an
+        exception can't be told from one that raises it.
         Context: home thread.
         """
         assert not self._closed, "the thread pool is closed"

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+
+from blockemu.loop import AioContext, ClockType, HostClock, MonotonicClock, VirtualClock
+
+
+def test_virtual_clock_starts_at_zero_and_moves_only_when_told() -> None:
+    clock = VirtualClock()
+    assert clock.now_ns() == 0
+    clock.advance_ns(7)
+    clock.advance_ns(0)
+    assert clock.now_ns() == 7
+
+
+def test_virtual_clock_advance_refuses_to_go_back() -> None:
+    with pytest.raises(ValueError, match="-1 ns"):
+        VirtualClock().advance_ns(-1)
+
+
+def test_virtual_clock_set_jumps_both_ways() -> None:
+    clock = VirtualClock()
+    clock.set_ns(100)
+    clock.set_ns(3)
+    assert clock.now_ns() == 3
+
+
+def test_monotonic_clock_never_goes_back() -> None:
+    clock = MonotonicClock()
+    assert clock.now_ns() <= clock.now_ns()
+
+
+def test_host_clock_counts_from_1970() -> None:
+    assert HostClock().now_ns() > 1_600_000_000 * 10**9
+
+
+def test_context_with_a_handed_in_clock_has_no_other_time(
+    ctx: AioContext, clock: VirtualClock
+) -> None:
+    clock.set_ns(55)
+    assert [ctx.now_ns(kind) for kind in ClockType] == [55, 55, 55]
+
+
+def test_context_without_a_clock_tells_the_host_time() -> None:
+    ctx = AioContext()
+    assert abs(ctx.now_ns(ClockType.HOST) - HostClock().now_ns()) < 10**10
+    ctx.close()
