@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixed newstyle negotiation: from a fresh connection to an export that the client has chosen.
+
+Source: doc/proto.md of NetworkBlockDevice/nbd, "Newstyle negotiation", "Option types", "Option
+reply types". Old style isn't offered: the document asks servers on the registered port to refuse
+it.
+
+The client sends options, one after the other; each handler below answers one, and says by what it
+returns whether haggling goes on. A client that breaks a rule it was told is answered where the
+protocol has an answer (ERR_INVALID, ERR_TOO_BIG), so that it can try something else; where it has
+none (wrong magic, unknown client flags, a bad EXPORT_NAME) the connection ends.
+
+Context: the main loop's. Nothing here waits for anything but the client.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from blockemu.loop.sync import yield_now
+from blockemu.nbd.negotiation_stream import NegotiationError, NegotiationStream
+from blockemu.nbd.protocol import (
+    CLIENT_FLAGS,
+    EXPORT_NAME_REPLY,
+    EXPORT_NAME_ZEROES,
+    GREETING,
+    IHAVEOPT,
+    INFO_BLOCK_SIZE,
+    INFO_EXPORT,
+    NBD_REP_MAGIC,
+    NBDMAGIC,
+    OPTION,
+    OPTION_REPLY,
+    ClientFlag,
+    HandshakeFlag,
+    Info,
+    Option,
+    Reply,
+)
+
+if TYPE_CHECKING:
+    from blockemu.exports import Export, ExportTable
+    from blockemu.limits import Limits
+
+BLOCK_SIZE_MIN = 1
+"""The node aligns requests itself, so clients may address any byte."""
+
+BLOCK_SIZE_PREFERRED = 4096
+
+OPTIONS_PER_ROUND = 8
+"""Options answered before the loop's other work gets a turn, should a client send many at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What was agreed on."""
+
+    export: Export
+
+
+@dataclass(frozen=True, slots=True)
+class InfoRequest:
+    """The data of INFO and GO."""
+
+    name: str
+    items: frozenset[int]
+
+
+class InvalidOption(Exception):
+    """An option's data breaks the rules of the option: ERR_INVALID, with this text."""
+
+
+def parse_info_request(data: bytes, *, name_length_max: int) -> InfoRequest:
+    """Take apart the data of an INFO or GO option.
+
+    Layout ("NBD_OPT_INFO and NBD_OPT_GO"): u32 length of name, name, u16 n, n times u16.
+    Raises: InvalidOption.
+    """
+    if len(data) < 6:
+        raise InvalidOption("too short for a name and a list")
+    (name_length,) = struct.unpack_from(">I", data)
+    if name_length > len(data) - 6:
+        raise InvalidOption("the name is longer than the option")
+    name = parse_name(data[4 : 4 + name_length], name_length_max=name_length_max)
+    (count,) = struct.unpack_from(">H", data, 4 + name_length)
+    items = data[6 + name_length :]
+    if len(items) != 2 * count:
+        raise InvalidOption("the list of information requests has another length than it says")
+    return InfoRequest(name, frozenset(struct.unpack(f">{count}H", items)))
+
+
+def parse_name(data: bytes, *, name_length_max: int) -> str:
+    """An export's name as the client wrote it. Raises: InvalidOption."""
+    if len(data) > name_length_max:
+        raise InvalidOption(f"the name is longer than {name_length_max} bytes")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise InvalidOption("the name isn't UTF-8") from None
+
+
+class Negotiation:
+    """One client's way through negotiation: `run` it once."""
+
+    def __init__(self, stream: NegotiationStream, exports: ExportTable, limits: Limits) -> None:
+        self._stream = stream
+        self._exports = exports
+        self._limits = limits
+        self._no_zeroes = False
+        self._fixed = False
+        self._session: Session | None = None
+        self._handlers: dict[int, Callable[[int, bytes], Awaitable[bool]]] = {
+            Option.NBD_OPT_EXPORT_NAME: self._export_name,
+            Option.NBD_OPT_ABORT: self._abort,
+            Option.NBD_OPT_LIST: self._list,
+            Option.NBD_OPT_INFO: self._info,
+            Option.NBD_OPT_GO: self._go,
+        }
+
+    async def run(self) -> Session | None:
+        """What was agreed on, or None when the client took its leave.
+
+        Suspends: whenever the client is waited for. Raises: NegotiationError.
+        """
+        flags = HandshakeFlag.NBD_FLAG_FIXED_NEWSTYLE | HandshakeFlag.NBD_FLAG_NO_ZEROES
+        await self._stream.send(GREETING.pack(NBDMAGIC, IHAVEOPT, flags))
+        (client_flags,) = CLIENT_FLAGS.unpack(await self._stream.receive(CLIENT_FLAGS.size))
+        known = ClientFlag.NBD_FLAG_C_FIXED_NEWSTYLE | ClientFlag.NBD_FLAG_C_NO_ZEROES
+        if client_flags & ~known:
+            raise NegotiationError(f"unknown client flags {client_flags:#x}")
+        self._fixed = bool(client_flags & ClientFlag.NBD_FLAG_C_FIXED_NEWSTYLE)
+        self._no_zeroes = bool(client_flags & ClientFlag.NBD_FLAG_C_NO_ZEROES)
+        answered = 0
+        while await self._one_option():
+            answered += 1
+            if answered % OPTIONS_PER_ROUND == 0:
+                await yield_now()
+        return self._session
+
+    async def _one_option(self) -> bool:
+        """Answer the next option. False ends negotiation."""
+        magic, option, length = OPTION.unpack(await self._stream.receive(OPTION.size))
+        if magic != IHAVEOPT:
+            raise NegotiationError(f"bad option magic {magic:#x}")
+        if not self._fixed and option != Option.NBD_OPT_EXPORT_NAME:
+            raise NegotiationError(f"option {option} without fixed newstyle")
+        if length > self._limits.option_length_max:
+            return await self._too_big(option, length)
+        data = await self._stream.receive(length)
+        handler = self._handlers.get(option)
+        if handler is None:
+            await self._reply(option, Reply.NBD_REP_ERR_UNSUP, b"option not supported")
+            return True
+        try:
+            return await handler(option, data)
+        except InvalidOption as error:
+            await self._reply(option, Reply.NBD_REP_ERR_INVALID, str(error).encode())
+            return True
+
+    async def _too_big(self, option: int, length: int) -> bool:
+        if option == Option.NBD_OPT_EXPORT_NAME:
+            raise NegotiationError(f"export name of {length} bytes")
+        await self._stream.discard(length)
+        # Negotiation ends with ABORT whatever comes with it.
+        if option == Option.NBD_OPT_ABORT:
+            return await self._abort(option, b"")
+        await self._reply(option, Reply.NBD_REP_ERR_TOO_BIG, b"option data too long")
+        return True
+
+    async def _reply(self, option: int, reply: Reply, data: bytes = b"") -> None:
+        await self._stream.send(self._encode(option, reply, data))
+
+    @staticmethod
+    def _encode(option: int, reply: Reply, data: bytes = b"") -> bytes:
+        return OPTION_REPLY.pack(NBD_REP_MAGIC, option, reply, len(data)) + data
+
+    # --- one handler an option: True goes on, False ends negotiation ---
+
+    async def _export_name(self, option: int, data: bytes) -> bool:
+        try:
+            name = parse_name(data, name_length_max=self._limits.name_length_max)
+        except InvalidOption as error:
+            raise NegotiationError(f"EXPORT_NAME: {error}") from None
+        export = self._exports.get(name)
+        if export is None:
+            raise NegotiationError(f"no export {name!r}")
+        reply = EXPORT_NAME_REPLY.pack(export.backend.length_bytes, export.transmission_flags)
+        await self._stream.send(reply if self._no_zeroes else reply + EXPORT_NAME_ZEROES)
+        self._session = Session(export)
+        return False
+
+    async def _abort(self, option: int, data: bytes) -> bool:
+        try:
+            await self._reply(option, Reply.NBD_REP_ACK)
+        except NegotiationError:
+            pass  # The client need not wait for our farewell.
+        return False
+
+    async def _list(self, option: int, data: bytes) -> bool:
+        if data:
+            raise InvalidOption("LIST takes no data")
+        for export in self._exports.list():
+            name = export.name.encode()
+            entry = struct.pack(">I", len(name)) + name + export.description.encode()
+            await self._reply(option, Reply.NBD_REP_SERVER, entry)
+        await self._reply(option, Reply.NBD_REP_ACK)
+        return True
+
+    async def _info(self, option: int, data: bytes) -> bool:
+        await self._describe(option, data)
+        return True
+
+    async def _go(self, option: int, data: bytes) -> bool:
+        export = await self._describe(option, data)
+        if export is None:
+            return True
+        self._session = Session(export)
+        return False
+
+    async def _describe(self, option: int, data: bytes) -> Export | None:
+        request = parse_info_request(data, name_length_max=self._limits.name_length_max)
+        export = self._exports.get(request.name)
+        if export is None:
+            text = f"no export named '{request.name[:64]}'" if request.name else "no default export"
+            await self._reply(option, Reply.NBD_REP_ERR_UNKNOWN, text.encode())
+            return None
+        replies = [
+            self._encode(option, Reply.NBD_REP_INFO, item)
+            for item in self._info_items(export, request.items)
+        ]
+        replies.append(self._encode(option, Reply.NBD_REP_ACK))
+        await self._stream.send(b"".join(replies))
+        return export
+
+    def _info_items(self, export: Export, wanted: frozenset[int]) -> list[bytes]:
+        """NBD_INFO_EXPORT is always told, the rest to those who ask."""
+        size, flags = export.backend.length_bytes, export.transmission_flags
+        items = [INFO_EXPORT.pack(Info.NBD_INFO_EXPORT, size, flags)]
+        if Info.NBD_INFO_NAME in wanted:
+            items.append(struct.pack(">H", Info.NBD_INFO_NAME) + export.name.encode())
+        if Info.NBD_INFO_DESCRIPTION in wanted and export.description:
+            head = struct.pack(">H", Info.NBD_INFO_DESCRIPTION)
+            items.append(head + export.description.encode())
+        if Info.NBD_INFO_BLOCK_SIZE in wanted:
+            sizes = BLOCK_SIZE_MIN, BLOCK_SIZE_PREFERRED, self._limits.request_length_max
+            items.append(INFO_BLOCK_SIZE.pack(Info.NBD_INFO_BLOCK_SIZE, *sizes))
+        return items

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How requests come in: received, parsed, judged, and begun.
+
+`parse` is the hot loop. It does the plain requests on the spot, and hands the others to `_begin`.
+The order of its branches is the order of how common they are.
+
+Payloads. One that has arrived whole is written straight from the receive buffer where the host
+file takes that, else from a buffer of its own. A small one that hasn't is left until it has; a big
+one is received into its own buffer. The payload of a refused WRITE is dropped, so that the
+requests behind it are heard; a huge one ends the connection instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from blockemu.nbd.protocol import (
+    NBD_REQUEST_MAGIC,
+    NBD_SIMPLE_REPLY_MAGIC,
+    REQUEST,
+    SIMPLE_REPLY,
+    SIMPLE_REPLY_OK,
+    NbdError,
+    request_word,
+)
+from blockemu.nbd.receive_buffer import WAIT_BYTES_MAX, ReceiveBuffer
+from blockemu.nbd.reply_queue import EARLY_REPLY_BYTES
+from blockemu.nbd.request import DISC, READ, WRITE, Request, check
+
+if TYPE_CHECKING:
+    import socket
+
+    from blockemu.drivers.direct_map import DirectMap
+    from blockemu.loop.buffers import Buffer
+    from blockemu.nbd.transmission import Connection
+
+PLAIN_READ = request_word(READ)
+PLAIN_WRITE = request_word(WRITE)
+HEADER_BYTES = REQUEST.size
+REPLY_BYTES = SIMPLE_REPLY.size
+
+
+class Intake:
+    """The receiving half of a connection. Context: as the connection's."""
+
+    __slots__ = (
+        "_connection",
+        "_payload_request",
+        "_received",
+        "_refusal",
+        "_sock",
+        "_spare",
+    )
+
+    def __init__(self, connection: Connection, sock: socket.socket) -> None:
+        self._connection = connection
+        self._sock = sock
+        self._received = ReceiveBuffer()
+        # The WRITE whose payload is on its way, or the answer to one whose payload is dropped.
+        self._payload_request: Request | None = None
+        self._refusal = b""
+        # Lends its callback to host I/O; becomes a request in flight only if that stays pending.
+        self._spare = Request(connection)
+
+    def forget(self) -> None:
+        """Nothing more will be read: let go of a payload that is half there."""
+        self._received.forget()
+        request, self._payload_request = self._payload_request, None
+        if request is not None:
+            self._connection.release(request)
+
+    def receive(self) -> bool:
+        """Read the socket once. True when there may be something to parse now."""
+        received, connection = self._received, self._connection
+        try:
+            length = received.fill(self._sock)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError as error:
+            connection.drop(f"receive failed: {error.strerror}")
+            return False
+        if not length:
+            connection.finish("end of stream")
+            return False
+        if received.expecting or received.discard_left:
+            return False
+        if self._refusal:
+            connection.replies.add(self._refusal)
+            self._refusal = b""
+            connection.send_later()
+        elif self._payload_request is not None:
+            request, self._payload_request = self._payload_request, None
+            self._start_write(request)
+        return True
+
+    def parse(self) -> bool:
+        """Begin requests until a bound stops us: True, or there is no whole one left: False.
+
+        What is used again and again is read into a local variable once: a tenth of the time. The
+        direct map stays valid throughout, since nothing here suspends. Replies may be queued that
+        nobody has been asked to send yet.
+        """
+        connection, received = self._connection, self._received
+        replies, limits = connection.replies, connection.limits
+        data, view, position, end = received.data, received.view, received.start, received.end
+        unpack, take, give = REQUEST.unpack_from, connection.pool.take, connection.pool.give
+        add_part, add_buffer = replies.parts.append, replies.buffers.append
+        length_max, room = limits.request_length_max, connection.room()
+        budget = limits.round_bytes_max
+        request_cost = budget // limits.round_requests_max
+        spare_done: Callable[[int], None] = self._spare.done
+
+        direct_map = connection.export.backend.direct_map
+        if direct_map is None:
+            plain_read = plain_write = -1
+        else:
+            plain_read, plain_write = PLAIN_READ, PLAIN_WRITE
+            lookup_read, lookup_write = direct_map.lookup_read, direct_map.lookup_write
+            file = direct_map.file
+            start_read, start_write = file.start_read, file.start_write
+            if not file.writes_inline or file.memory_alignment > 1 or connection.export.read_only:
+                plain_write = -1
+
+        while end - position >= HEADER_BYTES:
+            word, cookie, offset, length = unpack(data, position)
+            if budget <= 0:
+                received.start = position
+                connection.go_on_later()
+                return True
+            if length > room:
+                if connection.must_wait(word & 0xFFFF, length):
+                    received.start = position
+                    return True
+                room = connection.room()
+            if word == plain_read:
+                if 0 < length <= length_max and (host := lookup_read(offset, length)) >= 0:
+                    buffer = take(length)
+                    payload = buffer.view[:length]
+                    result = start_read(host, payload, spare_done)
+                    if result == length:
+                        position += HEADER_BYTES
+                        budget -= length + request_cost
+                        add_part(SIMPLE_REPLY_OK + cookie)
+                        add_part(payload)
+                        add_buffer(buffer)
+                        replies.bytes_held += REPLY_BYTES + length
+                        if replies.bytes_held >= EARLY_REPLY_BYTES:
+                            received.start = position
+                            connection.send()
+                            if connection.stopped:
+                                return True
+                        continue
+                    if result is None:
+                        position += HEADER_BYTES
+                        budget -= length + request_cost
+                        self._spare.describe(READ, 0, cookie, offset=offset, length=length)
+                        spare_done = self._pend(buffer, direct_map)
+                        room = connection.room()
+                        continue
+                    give(buffer)
+            elif word == plain_write:
+                payload_at = position + HEADER_BYTES
+                after = payload_at + length
+                if (
+                    payload_at < after <= end
+                    and (host := lookup_write(offset, length)) >= 0
+                    and start_write(host, view[payload_at:after], spare_done) == length
+                ):
+                    position = after
+                    budget -= length + request_cost
+                    add_part(SIMPLE_REPLY_OK + cookie)
+                    replies.bytes_held += REPLY_BYTES
+                    continue
+            received.start = position
+            if not self._begin(word, cookie, offset, length):
+                break
+            if connection.stopped:
+                return True
+            position, end = received.start, received.end
+            budget -= request_cost
+            room = connection.room()
+        else:
+            received.start = position
+        return False
+
+    def _pend(self, buffer: Buffer, direct_map: DirectMap | None) -> Callable[[int], None]:
+        """The spare request's host read is pending: it is in flight from now on. Returns the
+        callback of the next spare."""
+        assert direct_map is not None
+        request = self._spare
+        request.buffer = buffer
+        request.map, request.pin = direct_map, direct_map.pin()
+        self._connection.admit(request)
+        self._spare = Request(self._connection)
+        return self._spare.done
+
+    def _begin(self, word: int, cookie: bytes, offset: int, length: int) -> bool:
+        """Begin a request that isn't plain. False when nothing behind it can be parsed yet."""
+        connection, received = self._connection, self._received
+        command, flags = word & 0xFFFF, word >> 16 & 0xFFFF
+        if word >> 32 != NBD_REQUEST_MAGIC:
+            connection.finish("bad request magic")
+            return False
+        if command == DISC:
+            connection.finish("the client's wish")
+            return False
+        error = check(
+            connection.export, connection.limits, command, flags, offset=offset, length=length
+        )
+        payload_bytes = length if command == WRITE else 0
+        if error:
+            return self._refuse(cookie, error, payload_bytes)
+        arrived = received.end - received.start - HEADER_BYTES
+        if arrived < payload_bytes <= WAIT_BYTES_MAX:
+            return False
+        received.start += HEADER_BYTES
+        request = Request(connection)
+        request.describe(command, flags, cookie, offset=offset, length=length)
+        connection.admit(request)
+        if not payload_bytes:
+            connection.ctx.spawn(request.serve())
+            return True
+        request.buffer = connection.pool.take(length)
+        received.expect(request.buffer.view[:length])
+        if received.expecting:
+            self._payload_request = request
+            return False
+        self._start_write(request)
+        return True
+
+    def _refuse(self, cookie: bytes, error: NbdError, payload_bytes: int) -> bool:
+        """Answer a request with an error, after its payload has been dropped."""
+        connection, received = self._connection, self._received
+        if payload_bytes > connection.limits.discard_length_max:
+            connection.finish(f"a refused payload of {payload_bytes} bytes")
+            return False
+        refusal = SIMPLE_REPLY.pack(NBD_SIMPLE_REPLY_MAGIC, error, cookie)
+        received.start += HEADER_BYTES
+        received.discard(payload_bytes)
+        if received.discard_left:
+            self._refusal = refusal
+            return False
+        connection.replies.add(refusal)
+        connection.send_later()
+        return True
+
+    def _start_write(self, request: Request) -> None:
+        """Write a payload that has a buffer of its own: by the direct map, else by the graph."""
+        connection = self._connection
+        direct_map = connection.export.backend.direct_map
+        if not request.flags and direct_map is not None:
+            host = direct_map.lookup_write(request.offset, request.length)
+            if host >= 0:
+                assert request.buffer is not None
+                view = request.buffer.view[: request.length]
+                result = direct_map.file.start_write(host, view, request.done)
+                if result is None:
+                    request.map, request.pin = direct_map, direct_map.pin()
+                    return
+                if result == request.length:
+                    connection.finish_request(request, NbdError.NBD_SUCCESS)
+                    return
+        connection.ctx.spawn(request.serve())

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A client's socket as negotiation needs it: exact reads, whole writes, and a bound on both.
+
+Negotiation is rare and short, so it is written as a coroutine that waits where it must. It reads
+exactly the bytes that it was promised and never ahead: whatever follows belongs to the next phase
+(transmission, one day TLS), which reads the socket itself.
+
+A client may take its time or flood us. Both end in `NegotiationError`: by `abort`, which whoever
+watches the clock calls, and by a bound on the bytes taken from it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from blockemu.loop.coroutine import Future
+
+if TYPE_CHECKING:
+    import socket
+
+    from blockemu.loop.aio_context import AioContext
+
+DISCARD_CHUNK_BYTES = 16 * 1024
+
+
+class NegotiationError(Exception):
+    """Negotiation can't go on: close the connection. `str()` is the reason, for the log."""
+
+
+class NegotiationStream:
+    """Context: home thread of `ctx`. One coroutine uses it at a time."""
+
+    def __init__(self, sock: socket.socket, ctx: AioContext, *, bytes_max: int) -> None:
+        """`sock` is connected and non-blocking; it stays the caller's."""
+        self._sock = sock
+        self._ctx = ctx
+        self._bytes_left = bytes_max
+        self._ready: Future[None] | None = None
+        self._aborted: str | None = None
+
+    def abort(self, reason: str) -> None:
+        """Fail what the coroutine waits for, or the next that it will wait for."""
+        self._aborted = reason
+        self._wake()
+
+    async def receive(self, length: int) -> bytes:
+        """Exactly `length` bytes. Suspends: until they are there. Raises: NegotiationError."""
+        self._bytes_left -= length
+        if self._bytes_left < 0:
+            raise NegotiationError("client sent too much before it chose an export")
+        received = bytearray()
+        while len(received) < length:
+            try:
+                data = self._sock.recv(length - len(received))
+            except (BlockingIOError, InterruptedError):
+                await self._wait(write=False)
+                continue
+            except OSError as error:
+                raise NegotiationError(f"receive failed: {error.strerror}") from error
+            if not data:
+                raise NegotiationError("client hung up")
+            received += data
+        return bytes(received)
+
+    async def discard(self, length: int) -> None:
+        """Drop `length` bytes, holding few of them. Suspends and raises as `receive`."""
+        while length > 0:
+            length -= len(await self.receive(min(length, DISCARD_CHUNK_BYTES)))
+
+    async def send(self, data: bytes) -> None:
+        """All of `data`. Suspends: until the kernel has it. Raises: NegotiationError."""
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[self._sock.send(rest) :]
+            except (BlockingIOError, InterruptedError):
+                await self._wait(write=True)
+            except OSError as error:
+                raise NegotiationError(f"send failed: {error.strerror}") from error
+
+    async def _wait(self, *, write: bool) -> None:
+        if self._aborted is None:
+            self._ready = Future()
+            fd = self._sock.fileno()
+            if write:
+                self._ctx.set_fd_handler(fd, write=self._wake, external=True)
+            else:
+                self._ctx.set_fd_handler(fd, read=self._wake, external=True)
+            try:
+                await self._ready
+            finally:
+                self._ready = None
+                self._ctx.set_fd_handler(fd)
+        if self._aborted is not None:
+            raise NegotiationError(self._aborted)
+
+    def _wake(self) -> None:
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_result(None)

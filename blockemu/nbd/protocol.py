@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The NBD wire format: magic numbers, option and command types, flags, errors, and layouts.
+
+Source: doc/proto.md of the NetworkBlockDevice/nbd repository; the names are that document's, so
+that one can be searched for in the other. All integers are big-endian. Only what a server needs is
+here.
+
+Layout: handshake ("Newstyle negotiation", "Fixed newstyle negotiation")
+
+    server   u64 NBDMAGIC, u64 IHAVEOPT, u16 handshake flags
+    client   u32 client flags
+    option   u64 IHAVEOPT, u32 option, u32 length, data
+    reply    u64 NBD_REP_MAGIC, u32 option, u32 reply type, u32 length, data
+
+Layout: transmission ("Request message", "Simple reply message")
+
+    request  u32 NBD_REQUEST_MAGIC, u16 flags, u16 type, 8 bytes cookie, u64 offset, u32 length,
+             then `length` bytes of data if it is a WRITE
+    reply    u32 NBD_SIMPLE_REPLY_MAGIC, u32 error, 8 bytes cookie,
+             then the data if it answers a READ and the error is 0
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import struct
+
+NBDMAGIC = 0x4E42444D41474943
+IHAVEOPT = 0x49484156454F5054
+NBD_REP_MAGIC = 0x3E889045565A9
+NBD_REQUEST_MAGIC = 0x25609513
+NBD_SIMPLE_REPLY_MAGIC = 0x67446698
+
+
+class HandshakeFlag(enum.IntFlag):
+    """What the server offers in its greeting ("Handshake flags")."""
+
+    NBD_FLAG_FIXED_NEWSTYLE = 1 << 0
+    NBD_FLAG_NO_ZEROES = 1 << 1
+
+
+class ClientFlag(enum.IntFlag):
+    """What the client answers to it ("Client flags")."""
+
+    NBD_FLAG_C_FIXED_NEWSTYLE = 1 << 0
+    NBD_FLAG_C_NO_ZEROES = 1 << 1
+
+
+class TransmissionFlag(enum.IntFlag):
+    """What an export can do ("Transmission flags")."""
+
+    NBD_FLAG_HAS_FLAGS = 1 << 0
+    NBD_FLAG_READ_ONLY = 1 << 1
+    NBD_FLAG_SEND_FLUSH = 1 << 2
+    NBD_FLAG_SEND_FUA = 1 << 3
+    NBD_FLAG_ROTATIONAL = 1 << 4
+    NBD_FLAG_SEND_TRIM = 1 << 5
+    NBD_FLAG_SEND_WRITE_ZEROES = 1 << 6
+    NBD_FLAG_SEND_DF = 1 << 7
+    NBD_FLAG_CAN_MULTI_CONN = 1 << 8
+
+
+class Option(enum.IntEnum):
+    """What a client may ask for during negotiation ("Option types")."""
+
+    NBD_OPT_EXPORT_NAME = 1
+    NBD_OPT_ABORT = 2
+    NBD_OPT_LIST = 3
+    NBD_OPT_STARTTLS = 5
+    NBD_OPT_INFO = 6
+    NBD_OPT_GO = 7
+    NBD_OPT_STRUCTURED_REPLY = 8
+    NBD_OPT_LIST_META_CONTEXT = 9
+    NBD_OPT_SET_META_CONTEXT = 10
+
+
+_REP_ERROR = 1 << 31
+
+
+class Reply(enum.IntEnum):
+    """How the server answers an option ("Option reply types"); errors have bit 31 set."""
+
+    NBD_REP_ACK = 1
+    NBD_REP_SERVER = 2
+    NBD_REP_INFO = 3
+    NBD_REP_ERR_UNSUP = _REP_ERROR + 1
+    NBD_REP_ERR_POLICY = _REP_ERROR + 2
+    NBD_REP_ERR_INVALID = _REP_ERROR + 3
+    NBD_REP_ERR_UNKNOWN = _REP_ERROR + 6
+    NBD_REP_ERR_SHUTDOWN = _REP_ERROR + 7
+    NBD_REP_ERR_TOO_BIG = _REP_ERROR + 9
+
+
+class Info(enum.IntEnum):
+    """Aspects of an export that INFO and GO tell about ("NBD_REP_INFO")."""
+
+    NBD_INFO_EXPORT = 0
+    NBD_INFO_NAME = 1
+    NBD_INFO_DESCRIPTION = 2
+    NBD_INFO_BLOCK_SIZE = 3
+
+
+class Command(enum.IntEnum):
+    """Requests of the transmission phase ("Request types")."""
+
+    NBD_CMD_READ = 0
+    NBD_CMD_WRITE = 1
+    NBD_CMD_DISC = 2
+    NBD_CMD_FLUSH = 3
+    NBD_CMD_TRIM = 4
+    NBD_CMD_CACHE = 5
+    NBD_CMD_WRITE_ZEROES = 6
+    NBD_CMD_BLOCK_STATUS = 7
+
+
+class CommandFlag(enum.IntFlag):
+    """Flags of a request ("Command flags")."""
+
+    NBD_CMD_FLAG_FUA = 1 << 0
+    NBD_CMD_FLAG_NO_HOLE = 1 << 1
+    NBD_CMD_FLAG_DF = 1 << 2
+    NBD_CMD_FLAG_REQ_ONE = 1 << 3
+    NBD_CMD_FLAG_FAST_ZERO = 1 << 4
+
+
+class NbdError(enum.IntEnum):
+    """The error values that may travel ("Error values"); they are not the host's errno."""
+
+    NBD_SUCCESS = 0
+    NBD_EPERM = 1
+    NBD_EIO = 5
+    NBD_ENOMEM = 12
+    NBD_EINVAL = 22
+    NBD_ENOSPC = 28
+    NBD_EOVERFLOW = 75
+    NBD_ENOTSUP = 95
+    NBD_ESHUTDOWN = 108
+
+
+_ERROR_OF_ERRNO = {
+    errno.EPERM: NbdError.NBD_EPERM,
+    errno.EROFS: NbdError.NBD_EPERM,
+    errno.EACCES: NbdError.NBD_EPERM,
+    errno.EIO: NbdError.NBD_EIO,
+    errno.ENOMEM: NbdError.NBD_ENOMEM,
+    errno.EINVAL: NbdError.NBD_EINVAL,
+    errno.ENOSPC: NbdError.NBD_ENOSPC,
+    errno.EDQUOT: NbdError.NBD_ENOSPC,
+    errno.EFBIG: NbdError.NBD_ENOSPC,
+    errno.EOVERFLOW: NbdError.NBD_EOVERFLOW,
+    errno.ENOTSUP: NbdError.NBD_ENOTSUP,
+    errno.ESHUTDOWN: NbdError.NBD_ESHUTDOWN,
+}
+
+
+def error_of_errno(code: int | None) -> NbdError:
+    """The error value for the host's errno `code`; what has no counterpart is an I/O error."""
+    return _ERROR_OF_ERRNO.get(code or errno.EIO, NbdError.NBD_EIO)
+
+
+STRING_LENGTH_MAX = 4096
+"""The longest string that the document allows, in bytes."""
+
+GREETING = struct.Struct(">QQH")
+"""NBDMAGIC, IHAVEOPT, handshake flags."""
+
+CLIENT_FLAGS = struct.Struct(">I")
+
+OPTION = struct.Struct(">QII")
+"""IHAVEOPT, option, length of the data that follows."""
+
+OPTION_REPLY = struct.Struct(">QIII")
+"""NBD_REP_MAGIC, option, reply type, length of the data that follows."""
+
+EXPORT_NAME_REPLY = struct.Struct(">QH")
+"""Size of the export, transmission flags; then 124 zero bytes unless NO_ZEROES was agreed on."""
+
+EXPORT_NAME_ZEROES = bytes(124)
+
+INFO_EXPORT = struct.Struct(">HQH")
+"""NBD_INFO_EXPORT, size of the export, transmission flags."""
+
+INFO_BLOCK_SIZE = struct.Struct(">HIII")
+"""NBD_INFO_BLOCK_SIZE, minimum block size, preferred block size, maximum payload size."""
+
+REQUEST = struct.Struct(">Q8sQI")
+"""Magic, flags and type as one number (see `request_word`), cookie, offset, length.
+
+The first three fields are compared far more often than they are taken apart: a plain READ or WRITE
+is recognised by one comparison of integers.
+"""
+
+SIMPLE_REPLY = struct.Struct(">II8s")
+"""NBD_SIMPLE_REPLY_MAGIC, error, cookie."""
+
+SIMPLE_REPLY_OK = struct.pack(">II", NBD_SIMPLE_REPLY_MAGIC, 0)
+"""The head of a success; the cookie's eight bytes complete it."""
+
+
+def request_word(command: int, flags: int = 0) -> int:
+    """The first eight bytes of a request, as the number that `REQUEST` unpacks."""
+    return NBD_REQUEST_MAGIC << 32 | flags << 16 | command

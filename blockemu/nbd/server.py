@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The NBD server: listening sockets, and each connection's way from accept to its end.
+
+A connection is accepted and negotiated in the main loop. When the client has chosen an export, its
+socket moves to the AioContext of that export's backend, and from then on only that context's thread
+touches it (transmission.py). At the end that thread reports back, and the server forgets it.
+
+Nobody waits for a slow client: negotiation has a time-out, transmission runs elsewhere, and at the
+limit of connections the server stops accepting until one leaves.
+
+Context: everything here is the home thread's of the server's `ctx`, the iohandler context.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+from typing import TYPE_CHECKING
+
+from blockemu.loop.sync import WaitQueue
+from blockemu.nbd.handshake import Negotiation
+from blockemu.nbd.negotiation_stream import NegotiationError, NegotiationStream
+from blockemu.nbd.socket_options import tune
+from blockemu.nbd.transmission import Connection
+
+if TYPE_CHECKING:
+    from blockemu.exports import Export, ExportTable
+    from blockemu.limits import Limits
+    from blockemu.loop.aio_context import AioContext
+
+log = logging.getLogger(__name__)
+
+ACCEPT_RETRY_NS = 100_000_000
+"""How long accepting rests when the host is out of file descriptors or memory."""
+
+_HOST_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class NbdServer:
+    """Serves the exports of a table to whoever connects."""
+
+    def __init__(self, ctx: AioContext, exports: ExportTable, *, limits: Limits) -> None:
+        self._ctx = ctx
+        self._exports = exports
+        self._limits = limits
+        self._listeners: list[socket.socket] = []
+        self._negotiating: set[NegotiationStream] = set()
+        self._connections: set[Connection] = set()
+        self._accepting = False
+        self._closing = False
+        self._left = WaitQueue()
+        self._retry = ctx.new_timer(self._update_accepting)
+
+    @property
+    def connection_count(self) -> int:
+        """Clients that are connected, in whichever phase."""
+        return len(self._negotiating) + len(self._connections)
+
+    def listen(self, sock: socket.socket) -> None:
+        """Accept clients on `sock`, which is bound, listening and non-blocking, and ours now."""
+        assert not self._closing
+        self._listeners.append(sock)
+        self._watch(sock, self._accepting)
+        self._update_accepting()
+
+    async def close(self) -> None:
+        """Stop listening, answer what is in flight, close all connections.
+
+        Suspends: until the last one is closed; a client that doesn't take its replies can hold it
+        up for `close_linger_ns`.
+        """
+        self._closing = True
+        self._update_accepting()
+        for sock in self._listeners:
+            sock.close()
+        self._listeners.clear()
+        self._retry.cancel()
+        for stream in [*self._negotiating]:
+            stream.abort("the server is shutting down")
+        for connection in [*self._connections]:
+            connection.ctx.schedule_oneshot(connection.close)
+        while self.connection_count:
+            await self._left.wait()
+
+    async def disconnect(self, export: Export) -> None:
+        """Answer what is in flight, close the connections of one export. Suspends: as `close`."""
+        for connection in self._of(export):
+            connection.ctx.schedule_oneshot(connection.close)
+        while self._of(export):
+            await self._left.wait()
+
+    def _of(self, export: Export) -> list[Connection]:
+        return [connection for connection in self._connections if connection.export is export]
+
+    # --- accepting ---
+
+    def _update_accepting(self) -> None:
+        """Watch the listening sockets, or don't."""
+        accepting = not self._closing and self.connection_count < self._limits.connections_max
+        if accepting != self._accepting:
+            self._accepting = accepting
+            for sock in self._listeners:
+                self._watch(sock, accepting)
+
+    def _watch(self, sock: socket.socket, accepting: bool) -> None:
+        def accept() -> None:
+            self._accept(sock)
+
+        self._ctx.set_fd_handler(sock.fileno(), read=accept if accepting else None, external=True)
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(self._limits.accepts_per_round_max):
+            if not self._accepting:
+                return
+            try:
+                sock, address = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                self._accept_failed(error)
+                return
+            sock.setblocking(False)
+            self._begin(sock, peer_name(sock, address))
+
+    def _accept_failed(self, error: OSError) -> None:
+        log.warning("can't accept a client: %s", error.strerror)
+        if error.errno not in _HOST_EXHAUSTED:
+            return
+        self._accepting = False
+        for sock in self._listeners:
+            self._watch(sock, False)
+        self._retry.arm(self._ctx.now_ns() + ACCEPT_RETRY_NS)
+
+    # --- a connection's way ---
+
+    def _begin(self, sock: socket.socket, peer: str) -> None:
+        tune(sock)
+        bytes_max = self._limits.negotiation_bytes_max
+        stream = NegotiationStream(sock, self._ctx, bytes_max=bytes_max)
+        self._negotiating.add(stream)
+        self._update_accepting()
+        self._ctx.spawn(self._negotiate(sock, stream, peer), name="nbd-negotiation")
+
+    async def _negotiate(self, sock: socket.socket, stream: NegotiationStream, peer: str) -> None:
+        timer = self._ctx.new_timer(lambda: stream.abort("negotiation took too long"))
+        timer.arm(self._ctx.now_ns() + self._limits.negotiation_time_max_ns)
+        session = None
+        try:
+            session = await Negotiation(stream, self._exports, self._limits).run()
+        except NegotiationError as error:
+            log.info("nbd client %s: %s", peer, error)
+        except Exception:
+            log.exception("nbd client %s: negotiation failed for a reason of our own", peer)
+        finally:
+            timer.cancel()
+            self._negotiating.discard(stream)
+            if session is None or self._closing:
+                sock.close()
+                self._gone()
+            else:
+                self._hand_over(sock, session.export, peer)
+
+    def _hand_over(self, sock: socket.socket, export: Export, peer: str) -> None:
+        """From here on the socket belongs to the export's context."""
+
+        def closed() -> None:
+            self._ctx.schedule_oneshot(lambda: self._closed(connection))
+
+        connection = Connection(sock, export, limits=self._limits, on_closed=closed, peer=peer)
+        self._connections.add(connection)
+        connection.ctx.schedule_oneshot(connection.start)
+
+    def _closed(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        self._gone()
+
+    def _gone(self) -> None:
+        self._update_accepting()
+        self._left.wake_all()
+
+
+def peer_name(sock: socket.socket, address: object) -> str:
+    """Who connected, for the log."""
+    if sock.family in (socket.AF_INET, socket.AF_INET6) and isinstance(address, tuple):
+        return f"{address[0]}:{address[1]}"
+    return f"on a local socket (fd {sock.fileno()})"

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transmission phase of one connection: requests in, replies out, many in flight between.
+
+The life of a plain request (the fast path, intake.py). One `recv` brings many headers. A header is
+unpacked; one comparison says that it is a READ or WRITE without flags; the export's direct map
+knows where in the host file the bytes are; the host file moves them at once; the reply joins the
+queue, which leaves at the end of the round in one `sendmsg`. No object is made for such a request,
+and nothing waits. What isn't so plain becomes a `Request` (request.py): when the host I/O is
+pending, or when the block graph has to be asked, by a coroutine. Replies leave in the order in
+which requests end.
+
+What bounds a client (limits.py has the numbers):
+
+- Requests in flight, and the bytes of theirs that are in memory. At the bound the socket isn't read
+  until they fall; the client waits in its own `send`.
+- A client that doesn't read its replies gets no more requests read: its replies can't pile up.
+- Work in one round of the loop, after which the loop's other connections get their turn.
+
+What ends a connection, and how. *Finishing* (DISC, the client's end of stream, a broken rule, the
+server's shutdown): nothing more is read; what is in flight is answered; then the socket is closed,
+and at the latest when the linger time is over. *Dropping* (the peer is gone, or that time is over):
+the socket is closed now, and requests in flight finish in the background. Either way `on_closed`
+comes last, when nothing of the connection is left.
+
+Replies of 128 KiB and more leave at once instead of at the end of the round: the client then copies
+one while we read the next. Waiting until a batch of big replies is ready starves it.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from blockemu.nbd.intake import Intake
+from blockemu.nbd.protocol import (
+    NBD_SIMPLE_REPLY_MAGIC,
+    SIMPLE_REPLY,
+    SIMPLE_REPLY_OK,
+    NbdError,
+)
+from blockemu.nbd.reply_queue import EARLY_REPLY_BYTES, ReplyQueue
+from blockemu.nbd.request import READ, WITH_DATA, Request
+
+if TYPE_CHECKING:
+    import socket
+
+    from blockemu.exports import Export
+    from blockemu.limits import Limits
+    from blockemu.loop.bottom_half import BH
+    from blockemu.loop.buffers import BufferPool
+    from blockemu.loop.timer import Timer
+
+log = logging.getLogger(__name__)
+
+
+class State(enum.Enum):
+    """Where a connection is in its life."""
+
+    OPEN = "open"
+    FINISHING = "finishing"
+    CLOSED = "closed"
+
+
+class Connection:
+    """One client in the transmission phase.
+
+    Context: the home thread of `export.backend.ctx`, for everything but making one.
+    """
+
+    __slots__ = (
+        "_blocked",
+        "_continue_bh",
+        "_fd",
+        "_flush_deferred",
+        "_in_flight",
+        "_in_flight_bytes",
+        "_intake",
+        "_linger",
+        "_on_closed",
+        "_paused",
+        "_peer",
+        "_sock",
+        "_state",
+        "ctx",
+        "export",
+        "limits",
+        "pool",
+        "replies",
+    )
+
+    # What `start` makes, because it belongs to the home thread.
+    pool: BufferPool
+    replies: ReplyQueue
+    _intake: Intake
+    _continue_bh: BH
+    _linger: Timer
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        export: Export,
+        *,
+        limits: Limits,
+        on_closed: Callable[[], None],
+        peer: str = "",
+    ) -> None:
+        """Takes `sock`, which is connected and non-blocking. `on_closed` is called in the home
+        thread, once, when the socket is closed and no request is in flight any more.
+
+        Context: any thread; then have the home thread call `start`.
+        """
+        self.export = export
+        self.ctx = export.backend.ctx
+        self.limits = limits
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._on_closed: Callable[[], None] | None = on_closed
+        self._peer = peer
+        self._state = State.OPEN
+        self._in_flight = 0
+        self._in_flight_bytes = 0
+        # The kernel's buffer is full: replies wait for EPOLLOUT, and no requests are read.
+        self._blocked = False
+        # Requests have arrived that wait for a bound to fall, their turn, or a drained section.
+        self._paused = False
+        self._flush_deferred = False
+
+    def __repr__(self) -> str:
+        return f"nbd client {self._peer or self._fd} of '{self.export.name}'"
+
+    # --- life cycle ---
+
+    def start(self) -> None:
+        """Serve from now on."""
+        self.ctx.assert_home()
+        self.pool = self.ctx.buffers
+        self.replies = ReplyQueue(self._sock, self.pool)
+        self._intake = Intake(self, self._sock)
+        self._continue_bh = self.ctx.new_bh(self.go_on, name="nbd-continue")
+        self._linger = self.ctx.new_timer(self._linger_over)
+        self.export.connections.add(self)
+        self._set_interest()
+
+    def close(self) -> None:
+        """Answer what is in flight, then close: `on_closed` tells when. May be called again."""
+        self.finish("closed by the server")
+
+    def finish(self, reason: str) -> None:
+        """Read no more; go when everything that is owed has been sent."""
+        self.ctx.assert_home()
+        if self._state is not State.OPEN:
+            return
+        log.debug("%r: finishing: %s", self, reason)
+        self._state = State.FINISHING
+        self._intake.forget()
+        self._set_interest()
+        self._linger.arm(self.ctx.now_ns() + self.limits.close_linger_ns)
+        self._drop_if_answered()
+
+    def drop(self, reason: str) -> None:
+        """Close the socket now. What is in flight ends in the background."""
+        if self._state is State.CLOSED:
+            return
+        log.debug("%r: closed: %s", self, reason)
+        self._state = State.CLOSED
+        self._set_interest()
+        self._linger.cancel()
+        self._continue_bh.delete()
+        self._intake.forget()
+        self.replies.clear()
+        self._sock.close()
+        self.export.connections.discard(self)
+        self._closed_if_idle()
+
+    def _linger_over(self) -> None:
+        self.drop("linger time is over")
+
+    def _drop_if_answered(self) -> None:
+        if self._state is State.FINISHING and not self._in_flight and not self.replies.parts:
+            self.drop("all answered")
+
+    def _closed_if_idle(self) -> None:
+        if self._state is State.CLOSED and not self._in_flight and self._on_closed is not None:
+            on_closed, self._on_closed = self._on_closed, None
+            on_closed()
+
+    # --- when to read and write ---
+
+    @property
+    def stopped(self) -> bool:
+        """No request may begin: replies can't leave, or the connection is over."""
+        return self._blocked or self._state is not State.OPEN
+
+    def go_on(self) -> None:
+        """Begin the requests that have arrived, as far as the bounds let us."""
+        if self._state is State.OPEN:
+            self._pause(self._blocked or self.export.quiet or self._intake.parse())
+            if self.replies.parts:
+                self.send_later()
+
+    def go_on_later(self) -> None:
+        """Our time in this round is up: go on in the next."""
+        self._continue_bh.schedule()
+
+    def resume(self) -> None:
+        """A bound fell or a drained section ended: go on, if we had to stop, in the next round."""
+        if self._paused and self._state is State.OPEN:
+            self._continue_bh.schedule()
+
+    def _pause(self, paused: bool) -> None:
+        if paused != self._paused and self._state is not State.CLOSED:
+            self._paused = paused
+            self._set_interest()
+
+    def _set_interest(self) -> None:
+        """Tell the loop what this connection waits for."""
+        reading = self._state is State.OPEN and not self._paused and not self._blocked
+        writing = self._blocked and self._state is not State.CLOSED
+        self.ctx.set_fd_handler(
+            self._fd,
+            read=self._on_readable if reading else None,
+            write=self.send if writing else None,
+            external=True,
+        )
+
+    def _on_readable(self) -> None:
+        if self._intake.receive():
+            self.go_on()
+
+    # --- replies ---
+
+    def send(self) -> None:
+        """Hand the kernel the queued replies, as many as it takes. May `drop` the connection."""
+        if self._state is State.CLOSED:
+            return
+        try:
+            blocked = not self.replies.send()
+        except OSError as error:
+            self.drop(f"send failed: {error.strerror}")
+            return
+        if blocked != self._blocked:
+            self._blocked = blocked
+            self._set_interest()
+        if not blocked:
+            self.resume()
+            self._drop_if_answered()
+
+    def send_later(self) -> None:
+        """Replies were queued: see that they leave; at once, if they are many bytes."""
+        if self._blocked:
+            return
+        if self.replies.bytes_held >= EARLY_REPLY_BYTES:
+            self.send()
+        elif not self._flush_deferred:
+            self._flush_deferred = True
+            self.ctx.defer(self._end_of_round)
+
+    def _end_of_round(self) -> None:
+        self._flush_deferred = False
+        if not self._blocked:
+            self.send()
+
+    # --- requests in flight ---
+
+    def room(self) -> int:
+        """The length that a request may have without a second thought; -1 for none at all."""
+        if self._in_flight >= self.limits.in_flight_requests_max:
+            return -1
+        return self.limits.in_flight_bytes_max - self._in_flight_bytes - self.replies.bytes_held
+
+    def must_wait(self, command: int, length: int) -> bool:
+        """Whether a request must wait for others to end. One alone never has to."""
+        if self._in_flight >= self.limits.in_flight_requests_max:
+            return True
+        held = self._in_flight_bytes + self.replies.bytes_held
+        if not held or command not in WITH_DATA:
+            return False
+        return held + length > self.limits.in_flight_bytes_max
+
+    def admit(self, request: Request) -> None:
+        """`request` is in flight from now on, until `finish_request` or `release`."""
+        self._in_flight += 1
+        self._in_flight_bytes += request.bytes_held
+
+    def release(self, request: Request) -> None:
+        """`request` is in flight no more; its buffer goes back."""
+        assert self._in_flight > 0
+        self._in_flight -= 1
+        self._in_flight_bytes -= request.bytes_held
+        if request.buffer is not None:
+            self.pool.give(request.buffer)
+            request.buffer = None
+
+    def finish_request(self, request: Request, error: NbdError) -> None:
+        """The request is over: queue its reply, and let go of what it held."""
+        if self._state is State.CLOSED:
+            self.release(request)
+            self._closed_if_idle()
+            return
+        if error:
+            self.replies.add(SIMPLE_REPLY.pack(NBD_SIMPLE_REPLY_MAGIC, error, request.cookie))
+        elif request.command == READ and request.buffer is not None:
+            buffer, request.buffer = request.buffer, None
+            self.replies.add_data(SIMPLE_REPLY_OK + request.cookie, buffer, request.length)
+        else:
+            self.replies.add(SIMPLE_REPLY_OK + request.cookie)
+        self.release(request)
+        self.send_later()
+        self.resume()
