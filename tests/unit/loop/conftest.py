@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A context in which time and descriptors are the test's, and one on the machine's own epoll."""
+"""Contexts in which time and descriptors are the test's, and one on the machine's own epoll."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
-from blockemu.loop import AioContext, MemoryPoller, VirtualClock
+from blockemu.loop import AioContext, MainContext, MemoryPoller, VirtualClock
+from blockemu.loop.main_context import virtual_poll
 
 
 def raise_it(what: str, error: Exception) -> None:
@@ -39,3 +41,18 @@ def epoll_ctx(clock: VirtualClock) -> Iterator[AioContext]:
     context.exception_handler = raise_it
     yield context
     context.close()
+
+
+@pytest.fixture
+def context(clock: VirtualClock) -> Iterator[MainContext]:
+    made = MainContext(clock=clock, poll=virtual_poll(clock))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    yield ends
+    for fd in ends:
+        os.close(fd)

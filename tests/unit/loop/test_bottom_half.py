@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""BHs: once per schedule, first in first out, in the next round at the earliest, never lost."""
+
 from __future__ import annotations
 
 import threading

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Clocks stand still, move and jump as told, and a context has only the one it was given."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Futures and tasks: who runs when, what cancelling does, and that no failure goes unheard."""
+
 from __future__ import annotations
 
 import gc

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""A notifier is set or clear, whichever poller it wakes, and never writes to a stranger."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""An IOThread is the home of its context from start to stop, and the kernel knows its name."""
+
 from __future__ import annotations
 
 import threading

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Signals arrive as calls from the loop, and all is as before once nobody watches."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Locks, queues and sleeps: fair, and whole after any cancellation."""
+
 from __future__ import annotations
 
 import random

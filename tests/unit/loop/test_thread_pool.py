@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The pool: where jobs run, how many threads there are, what close promises."""
+
 from __future__ import annotations
 
 import threading

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Timers: order, re-arming, and rounds that can't be held up. Time is the test's."""
+
 from __future__ import annotations
 
 import random
