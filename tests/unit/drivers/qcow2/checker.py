@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A second opinion on an image, from its bytes alone: references counted, guest content read.
+
+Slow, small, and sharing nothing with the driver but the specification, so that thousands of images as a
+power cut could leave them can be judged in a test. `qemu-img check` judges the judge in test_checker.py.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+
+COPIED = 1 << 63
+OFFSET = 0x00FF_FFFF_FFFF_FE00
+
+
+class Checker:
+    """Version 2 and 3 images without compressed clusters, internal snapshots counted."""
+
+    def __init__(self, image: bytes | bytearray) -> None:
+        self.image = image
+        fields = struct.unpack_from(">4sIQIIQIIQQIIQ", image)
+        assert fields[0] == b"QFI\xfb"
+        self.version = fields[1]
+        self.bits = fields[4]
+        self.size = 1 << self.bits
+        self.disk_bytes = fields[5]
+        self.l1 = (fields[8], fields[7])
+        self.table = (fields[9], fields[10])
+        self.snapshots = (fields[12], fields[11])
+        self.order = struct.unpack_from(">I", image, 96)[0] if self.version == 3 else 4
+        self.references: Counter[int] = Counter()
+        self.corruptions: list[str] = []
+        self.leaks: list[int] = []
+        self._check()
+
+    def words(self, offset: int, count: int) -> tuple[int, ...]:
+        data = bytes(self.image[offset : offset + 8 * count]).ljust(8 * count, b"\0")
+        return struct.unpack(f">{count}Q", data)
+
+    def refcount(self, cluster: int) -> int:
+        per_block = self.size * 8 >> self.order
+        index = cluster // per_block
+        if index * 8 >= self.table[1] * self.size:
+            return 0
+        (block,) = self.words(self.table[0] + index * 8, 1)
+        if not block:
+            return 0
+        bit = (cluster % per_block) << self.order
+        if self.order < 3:
+            byte = self.image[block + bit // 8] if block + bit // 8 < len(self.image) else 0
+            return byte >> (bit % 8) & ((1 << (1 << self.order)) - 1)
+        width = 1 << (self.order - 3)
+        return int.from_bytes(self.image[block + bit // 8 : block + bit // 8 + width], "big")
+
+    def _refer(self, offset: int, count: int, what: str) -> None:
+        if offset % self.size:
+            self.corruptions.append(f"{what} at {offset:#x} is not aligned")
+        for cluster in range(offset >> self.bits, (offset >> self.bits) + count):
+            self.references[cluster] += 1
+
+    def _clusters(self, length: int) -> int:
+        return -(-length // self.size)
+
+    def _check(self) -> None:
+        self._refer(0, 1, "header")
+        self._refer(self.table[0], self.table[1], "refcount table")
+        for block in self.words(self.table[0], self.table[1] * self.size // 8):
+            if block:
+                self._refer(block, 1, "refcount block")
+        self._walk(*self.l1, active=True)
+        offset, count = self.snapshots
+        for _ in range(count):
+            l1, entries, id_length, name_length = struct.unpack_from(">QIHH", self.image, offset)
+            (extra,) = struct.unpack_from(">I", self.image, offset + 36)
+            self._walk(l1, entries, active=False)
+            offset += -(-(40 + extra + id_length + name_length) // 8) * 8
+        if count:
+            self._refer(self.snapshots[0], self._clusters(offset - self.snapshots[0]), "snapshots")
+        top = max([*self.references, len(self.image) >> self.bits])
+        for cluster in range(top + 1):
+            found, wanted = self.refcount(cluster), self.references[cluster]
+            if found < wanted:
+                self.corruptions.append(f"cluster {cluster}: refcount {found}, {wanted} references")
+            elif found > wanted:
+                self.leaks.append(cluster)
+
+    def _walk(self, offset: int, entries: int, *, active: bool) -> None:
+        self._refer(offset, self._clusters(entries * 8), "L1 table")
+        for entry in self.words(offset, entries):
+            if entry & OFFSET:
+                self._refer(entry & OFFSET, 1, "L2 table")
+                self._check_copied(entry, "L1 entry", active=active)
+                for word in self.words(entry & OFFSET, self.size // 8):
+                    if word & OFFSET:
+                        self._refer(word & OFFSET, 1, "data")
+                        self._check_copied(word, "L2 entry", active=active)
+
+    def _check_copied(self, entry: int, what: str, *, active: bool) -> None:
+        if active and bool(entry & COPIED) != (self.refcount((entry & OFFSET) >> self.bits) == 1):
+            self.corruptions.append(f"{what} {entry:#x}: COPIED is wrong")
+
+    def read(self) -> bytes:
+        """What the guest sees, the backing file taken for zeroes."""
+        found = bytearray(self.disk_bytes)
+        for index, entry in enumerate(self.words(*self.l1)):
+            if entry & OFFSET:
+                table = self.words(entry & OFFSET, self.size // 8)
+                for position, word in enumerate(table):
+                    guest = (index * self.size // 8 + position) << self.bits
+                    if word & OFFSET and not (word & 1 and self.version == 3):
+                        host = word & OFFSET
+                        length = min(self.size, self.disk_bytes - guest)
+                        data = bytes(self.image[host : host + length])
+                        found[guest : guest + len(data)] = data
+        return bytes(found)

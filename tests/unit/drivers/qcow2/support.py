@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images in memory, opened through the real graph: file node below, qcow2 node on top."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from blockemu.drivers.backend import BlockBackend
+from blockemu.drivers.node import BlockDriverState
+from blockemu.drivers.qcow2.create import create
+from blockemu.drivers.qcow2.create_options import CreateOptions
+from blockemu.drivers.qcow2.driver import Qcow2Driver
+from blockemu.drivers.registry import Opener
+from blockemu.loop.aio_context import AioContext
+from blockemu.loop.host_file import HostFile
+from blockemu.loop.memory_file import MemoryFiles, MemoryImage
+from tests.peers.qemu import QemuImg
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+class Images:
+    """A disk full of images. Everything runs in `ctx`, which the test drives."""
+
+    def __init__(self, ctx: AioContext) -> None:
+        self.ctx = ctx
+        self.files = MemoryFiles()
+        self.opener = Opener(files=self.files, ctx=ctx)
+
+    def __getitem__(self, path: str) -> MemoryImage:
+        return self.files.images[path]
+
+    def create(self, path: str, size: int, **options: Any) -> MemoryImage:
+        """A new image, made by our own `create`."""
+        image = self.files.add(path)
+
+        async def make() -> None:
+            node = await self.opener.open({"driver": "file", "filename": path})
+            backend = BlockBackend(path, node, writable=True)
+            await create(node, path, CreateOptions.parse(path, size, options))
+            await backend.close()
+
+        self.ctx.run(make())
+        image.log.clear()
+        return image
+
+    def load(self, path: str, source: Path) -> MemoryImage:
+        """A copy of a real file."""
+        return self.files.add(path, source.read_bytes())
+
+    def open(self, path: str, *, read_only: bool = False, **options: Any) -> Disk:
+        """Open with the driver's options, `_` for `-` in their names."""
+        direct = options.pop("direct", False)
+        tree = {
+            "driver": "qcow2",
+            "read-only": read_only,
+            "file": {"driver": "file", "filename": path, "cache": {"direct": direct}},
+            **{key.replace("_", "-"): value for key, value in options.items()},
+        }
+        node = self.ctx.run(self.opener.open(tree))
+        return Disk(self, path, node)
+
+    def check(self, path: str, tmp_path: Path) -> None:
+        """qemu-img's verdict: neither corruption nor leak."""
+        verdict = QemuImg.check(self.save(path, tmp_path))
+        assert (verdict.corruptions, verdict.leaks, verdict.errors) == (0, 0, 0), verdict.text
+
+    def save(self, path: str, tmp_path: Path) -> Path:
+        """The image as a real file."""
+        target = tmp_path / Path(path).name
+        target.write_bytes(self[path].content)
+        return target
+
+    def compare(self, path: str, content: bytes | bytearray, tmp_path: Path) -> None:
+        """qemu-img's verdict: the guest sees `content`."""
+        raw = tmp_path / "content.raw"
+        raw.write_bytes(content)
+        QemuImg.compare(self.save(path, tmp_path), raw, one_fmt="qcow2")
+
+
+class Disk:
+    """An open image, called from outside the loop."""
+
+    def __init__(self, images: Images, path: str, node: BlockDriverState) -> None:
+        self.images = images
+        self.path = path
+        self.node = node
+        self.ctx = images.ctx
+
+    @property
+    def driver(self) -> Qcow2Driver:
+        assert isinstance(self.node.driver, Qcow2Driver)
+        return self.node.driver
+
+    @property
+    def host_file(self) -> HostFile:
+        found = self.driver.image.file.host_file
+        assert found is not None
+        return found
+
+    def read(self, offset: int, length: int) -> bytes:
+        data = bytearray(b"\xee" * length)
+        self.ctx.run(self.node.preadv(offset, memoryview(data)))
+        return bytes(data)
+
+    def write(self, offset: int, data: bytes) -> None:
+        self.ctx.run(self.node.pwritev(offset, memoryview(data)))
+
+    def flush(self) -> None:
+        self.ctx.run(self.node.flush())
+
+    def close(self) -> None:
+        """Flush and close, as a backend does."""
+
+        async def end() -> None:
+            await self.node.flush()
+            await self.node.close()
+
+        self.ctx.run(end())
+
+    def abandon(self) -> None:
+        """As a power cut: nothing more reaches the file. The content stays as it is."""
+        image = self.images[self.path]
+        kept = MemoryImage(image.content)
+        image.fault = lambda kind, offset, length: 5
+        self.ctx.run(self.node.close())
+        self.images.files.images[self.path] = kept

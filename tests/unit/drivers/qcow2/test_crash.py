@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""After a power cut at any point: no corruption, and everything that was flushed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from blockemu.drivers.driver import RequestFlags
+from blockemu.loop.aio_context import AioContext
+from blockemu.loop.clock import VirtualClock
+from blockemu.loop.poller import MemoryPoller
+from blockemu.loop.sync import gather
+from tests.peers.qemu import QemuImg
+from tests.unit.drivers.qcow2.checker import Checker
+from tests.unit.drivers.qcow2.crash import SECTOR, CutDisk, GuestHistory, Recorder
+from tests.unit.drivers.qcow2.support import KIB, Disk, Images
+
+DISK_BYTES = 256 * KIB
+ROUNDS = 10
+TASKS = 6
+CUTS = 250
+QEMU_CUTS = 5
+
+
+@pytest.fixture
+def ctx() -> Iterator[AioContext]:
+    clock = VirtualClock()
+    context = AioContext("simulated", clock=clock, poller=MemoryPoller(clock))
+    context.adopt()
+    yield context
+    context.close()
+
+
+async def request(disk: Disk, recorder: Recorder, rng: random.Random) -> None:
+    """One random request of a guest, noted in the history before and after."""
+    node = disk.node
+    if rng.random() < 0.15:
+        number = recorder.note("flush-start")
+        await node.flush()
+        recorder.note("flush-end", number)
+        return
+    first = rng.randrange(DISK_BYTES // SECTOR)
+    count = min(rng.choice((1, 2, 8, 8, 20, 64)), DISK_BYTES // SECTOR - first)
+    offset, length = first * SECTOR, count * SECTOR
+    kind = rng.choice(("write", "write", "write", "zero", "unmap", "discard"))
+    value = bytes(SECTOR)
+    if kind == "write":
+        value = rng.randbytes(8) * (SECTOR // 8)
+    elif kind == "discard":  # whole clusters only, so that what it leaves is known
+        mask = disk.driver.cluster_size - 1
+        end = offset + length & ~mask
+        offset = min(offset + mask & ~mask, end)
+        first, count, length = offset // SECTOR, (end - offset) // SECTOR, end - offset
+        if not length:
+            return
+    number = recorder.note("start", first=first, count=count, value=value)
+    if kind == "write":
+        await node.pwritev(offset, memoryview(value * count))
+    elif kind == "discard":
+        await node.pdiscard(offset, length)
+    else:
+        flags = RequestFlags.MAY_UNMAP if kind == "unmap" else RequestFlags.NONE
+        await node.pwrite_zeroes(offset, length, flags)
+    recorder.note("end", number)
+
+
+def run_workload(images: Images, rng: random.Random, **options: int) -> Recorder:
+    """A guest's requests, several at once, recorded."""
+    recorder = Recorder(images["image"], rng)
+    disk = images.open("image", **options)
+    for _ in range(ROUNDS):
+        images.ctx.run(gather(*(request(disk, recorder, rng) for _ in range(TASKS))))
+    disk.close()
+    return recorder
+
+
+def judge(
+    recorder: Recorder, rng: random.Random, *, cuts: int, tmp_path: Path
+) -> None:
+    operations = recorder.operations
+    cut_disk = CutDisk(recorder.content, operations, recorder.flush_starts)
+    history = GuestHistory(DISK_BYTES // SECTOR)
+    events = list(recorder.events)
+    chosen = sorted(rng.randrange(len(operations) + 1) for _ in range(cuts))
+    asked = set(rng.sample(range(cuts), QEMU_CUTS))
+    for number, cut in enumerate(chosen):
+        while events and events[0].at <= cut:
+            history.play(events.pop(0))
+        image = cut_disk.after_cut(cut, rng)
+        judged = Checker(image)
+        assert not judged.corruptions, (cut, judged.corruptions[:5])
+        content = judged.read()
+        for sector, values in enumerate(history.values):
+            found = content[sector * SECTOR : (sector + 1) * SECTOR]
+            possible = {value for _, value in values}
+            assert found in possible, f"sector {sector} after {cut} operations"
+        if number in asked:
+            path = tmp_path / "cut.qcow2"
+            path.write_bytes(image)
+            verdict = QemuImg.check(path)
+            assert (verdict.corruptions, verdict.errors) == (0, 0), verdict.text
+            assert verdict.leaks == len(judged.leaks)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cluster_size": 512},
+        {"cluster_size": 4096},
+        {"cluster_size": 16384},
+        {"cluster_size": 1024, "refcount_bits": 64},
+        {"cluster_size": 4096, "refcount_bits": 1},
+        {"cluster_size": 4096, "compat": "0.10"},
+    ],
+    ids=str,
+)
+def test_power_cut_at_any_point_leaves_leaks_at_most(
+    images: Images, seed: int, options: dict[str, int | str], tmp_path: Path
+) -> None:
+    rng = random.Random(seed)
+    images.create("image", DISK_BYTES, **options)
+    recorder = run_workload(images, rng)
+    judge(recorder, rng, cuts=CUTS, tmp_path=tmp_path)
+
+
+def test_power_cut_with_caches_of_a_few_slices_leaves_leaks_at_most(
+    images: Images, seed: int, tmp_path: Path
+) -> None:
+    rng = random.Random(seed)
+    images.create("image", DISK_BYTES, cluster_size=512)
+    recorder = run_workload(
+        images, rng, l2_cache_size=2048, refcount_cache_size=2048, l2_cache_entry_size=512
+    )
+    judge(recorder, rng, cuts=CUTS, tmp_path=tmp_path)
+
+
+def test_power_cut_while_the_refcount_table_moves_leaves_leaks_at_most(
+    images: Images, seed: int, tmp_path: Path
+) -> None:
+    rng = random.Random(seed)
+    size = 4 * 1024 * KIB
+    images.create("image", size, cluster_size=512, refcount_bits=64)
+    recorder = Recorder(images["image"], rng)
+    disk = images.open("image")
+    table = disk.driver.image.header.refcount_table_offset
+    for offset in range(0, size, 256 * KIB):
+        disk.write(offset, b"\x5a" * (256 * KIB))
+    assert disk.driver.image.header.refcount_table_offset != table
+    disk.close()
+    operations = recorder.operations
+    header_writes = [index for index, found in enumerate(operations) if not found.offset
+                     and found.kind == "write"]  # fmt: skip
+    assert header_writes
+    cuts = sorted(
+        {min(max(index + step, 0), len(operations)) for index in header_writes
+         for step in range(-20, 21)}
+    )  # fmt: skip
+    cut_disk = CutDisk(recorder.content, operations, recorder.flush_starts)
+    for cut in cuts:
+        judged = Checker(cut_disk.after_cut(cut, rng))
+        assert not judged.corruptions, (cut, judged.corruptions[:5])
+    images.check("image", tmp_path)
+
+
+def test_power_cut_while_the_disk_grows_leaves_leaks_at_most(
+    images: Images, seed: int, tmp_path: Path
+) -> None:
+    rng = random.Random(seed)
+    images.create("image", 32 * KIB, cluster_size=512)
+    recorder = Recorder(images["image"], rng)
+    disk = images.open("image")
+    disk.write(1024, b"\x5a" * 20000)
+    images.ctx.run(disk.node.truncate(16 * 1024 * KIB))
+    disk.write(15 * 1024 * KIB, b"\xa5" * 20000)
+    disk.close()
+    operations = recorder.operations
+    cut_disk = CutDisk(recorder.content, operations, recorder.flush_starts)
+    for cut in range(len(operations) + 1):
+        judged = Checker(cut_disk.after_cut(cut, rng))
+        assert not judged.corruptions, (cut, judged.corruptions[:5])
+        assert judged.disk_bytes in (32 * KIB, 16 * 1024 * KIB)
+    images.check("image", tmp_path)
