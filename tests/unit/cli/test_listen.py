@@ -44,7 +44,7 @@ def test_tcp_port_in_use_is_refused_with_address_and_reason() -> None:
         listen_tcp("127.0.0.1", port)
 
 
-@pytest.mark.parametrize("host", ["no such host", "256.0.0.1.", "a" * 300, "::zz", "\u00fc" * 70])
+@pytest.mark.parametrize("host", ["a..b", "a" * 300, "::zz", "\u00fc" * 70])
 def test_tcp_bad_address_is_refused_with_its_name(host: str) -> None:
     with pytest.raises(DaemonError, match="address") as caught:
         listen_tcp(host, 0)
