@@ -13,10 +13,11 @@ to do little of it:
 - Completions collect in a list; one BH, scheduled once per batch, delivers all that are in it. It
   writes to the eventfd only if the loop sleeps.
 
-Who is idle is counted with tokens in a deque, whose appends and pops are atomic: a worker lays one
-down before it sleeps, a submitter takes one away for the job that will wake it. Counting can be off
-while a busy worker snatches the job of a sleeping one; then the pool has one thread more than it
-needs, which the time-out mends.
+Two counts decide, both under one lock: `_waiting`, the workers that sleep or are about to look at
+the queue, and `_queued`, the jobs that nobody has taken. A submitter starts a worker if there are
+more jobs than waiting workers; a worker whose time is up leaves only if no job is queued. So a job
+never lies behind a worker that is busy while another one could be started, and never in a queue
+that the last worker has just left.
 """
 
 from __future__ import annotations
@@ -77,8 +78,10 @@ class ThreadPool:
         self._workers_max = workers_max
         self._idle_timeout_s = idle_timeout_s
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._idle: deque[None] = deque()
         self._workers: set[threading.Thread] = set()
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._queued = 0
         self._started_count = 0
         self._completed: deque[_Job] = deque()
         self._bh = ctx.new_bh(self._deliver, name="thread pool")
@@ -100,15 +103,15 @@ class ThreadPool:
         Jobs start in the order of submission and may finish in any. A function that returns an
         exception can't be told from one that raises it.
         Context: home thread.
+        Raises: RuntimeError when the system refuses to start even one worker.
         """
         assert not self._closed, "the thread pool is closed"
         self._ctx.assert_home()
-        self._queue.put(_Job(fn, args, done))
-        try:
-            self._idle.pop()
-        except IndexError:
-            if len(self._workers) < self._workers_max:
+        with self._lock:
+            if self._queued >= self._waiting and len(self._workers) < self._workers_max:
                 self._start_worker()
+            self._queued += 1
+            self._queue.put(_Job(fn, args, done))
 
     async def run(self, fn: Callable[..., T], *args: Any) -> T:
         """Run `fn(*args)` in a worker and return what it returns.
@@ -140,6 +143,7 @@ class ThreadPool:
             self._queue.put(None)
         for worker in workers:
             worker.join()
+        self._workers.clear()
         self._deliver()
         self._bh.delete()
 
@@ -148,8 +152,14 @@ class ThreadPool:
         worker = threading.Thread(
             target=self._work, name=f"{self._ctx.name}-worker-{self._started_count}", daemon=True
         )
+        try:
+            worker.start()
+        except RuntimeError:
+            if not self._workers:
+                raise
+            return  # Out of threads: those that there are do it.
         self._workers.add(worker)
-        worker.start()
+        self._waiting += 1
 
     def _deliver(self) -> None:
         completed = self._completed
@@ -163,51 +173,50 @@ class ThreadPool:
     # In the workers
 
     def _work(self) -> None:
-        while True:
-            batch, last = self._take_batch()
+        # Whoever started us has counted us as waiting.
+        while batch := self._take_batch():
             for job in batch:
                 job.run()
-            if batch:
-                self._completed.extend(batch)
-                self._bh.schedule()
-                batch.clear()
-            if last:
-                self._workers.discard(threading.current_thread())
-                return
+            self._completed.extend(batch)
+            self._bh.schedule()
+            # Let go of the jobs, and of the buffers in them, before a long sleep.
+            del job, batch
+            with self._lock:
+                self._waiting += 1
 
-    def _take_batch(self) -> tuple[list[_Job], bool]:
-        """Jobs to run now, and whether the worker is to end after them."""
-        try:
-            job = self._queue.get_nowait()
-        except queue.Empty:
-            self._idle.append(None)
+    def _take_batch(self) -> list[_Job]:
+        """Jobs to run now; none when the worker is to end. Waits for them."""
+        while True:
             try:
                 job = self._queue.get(timeout=self._idle_timeout_s)
             except queue.Empty:
-                return [], self._leave_idle()
-        if job is None:
-            return [], True
-        batch = [job]
-        for _ in range(self._extra_jobs()):
-            try:
-                job = self._queue.get_nowait()
-            except queue.Empty:
-                break
+                if self._leave_if_unneeded():
+                    return []
+                continue
             if job is None:
-                return batch, True
-            batch.append(job)
-        return batch, False
+                return []  # close() joins us, and forgets us then.
+            with self._lock:
+                self._waiting -= 1
+                self._queued -= 1
+                batch = [job]
+                for _ in range(self._extra_jobs()):
+                    # Jobs beyond those that waiting workers can take are ours under the lock.
+                    extra = self._queue.get_nowait()
+                    assert extra is not None, "a sentinel overtook a job"
+                    self._queued -= 1
+                    batch.append(extra)
+                return batch
 
-    def _leave_idle(self) -> bool:
-        """Take a token back. Without one, a submitter has taken it, and a job is coming."""
-        try:
-            self._idle.pop()
-        except IndexError:
-            return False
-        return True
+    def _leave_if_unneeded(self) -> bool:
+        with self._lock:
+            if self._queued:
+                return False
+            self._waiting -= 1
+            self._workers.discard(threading.current_thread())
+            return True
 
     def _extra_jobs(self) -> int:
         """This worker's share of a queue that all workers together can't take one by one."""
-        if self._idle or len(self._workers) < self._workers_max:
+        if self._queued <= self._waiting or len(self._workers) < self._workers_max:
             return 0
-        return min(BATCH_MAX - 1, self._queue.qsize() // self._workers_max)
+        return min(BATCH_MAX - 1, (self._queued - self._waiting) // self._workers_max)

@@ -104,7 +104,7 @@ def test_idle_worker_is_used_again(epoll_ctx: AioContext) -> None:
     pool = ThreadPool(epoll_ctx, workers_max=4)
     for _ in range(20):
         epoll_ctx.run(pool.run(int))
-        while not pool._idle:
+        while not pool._waiting:
             pass  # The worker is on its way to its sleep.
     assert pool.workers_count == 1
     pool.close()
@@ -117,13 +117,14 @@ def test_idle_worker_ends_after_its_time_and_another_is_started(epoll_ctx: AioCo
         for worker in list(pool._workers):
             worker.join()
         assert pool.workers_count == 0
-        assert not pool._idle
+        assert pool._waiting == 0
     pool.close()
 
 
-def test_jobs_never_hang_while_workers_come_and_go(epoll_ctx: AioContext) -> None:
-    pool = ThreadPool(epoll_ctx, workers_max=3, idle_timeout_s=0.00001)
-    for number in range(300):
+@pytest.mark.parametrize("workers_max", [1, 3])
+def test_jobs_never_hang_while_workers_come_and_go(epoll_ctx: AioContext, workers_max: int) -> None:
+    pool = ThreadPool(epoll_ctx, workers_max=workers_max, idle_timeout_s=0.00001)
+    for number in range(1000):
         assert epoll_ctx.run(pool.run(int, number)) == number
     pool.close()
 
@@ -140,22 +141,64 @@ def test_worker_takes_several_jobs_only_when_all_workers_are_busy(
     gate.set()
     poll_until(epoll_ctx, seen, 21)
     pool.close()
-    wide = ThreadPool(epoll_ctx, workers_max=8)
-    wide._workers.add(threading.current_thread())
-    for _ in range(5):
-        wide._queue.put(None)
-    assert wide._extra_jobs() == 0
-    wide._workers.clear()
-    narrow = ThreadPool(epoll_ctx, workers_max=1)
-    narrow._workers.add(threading.current_thread())
-    for _ in range(5):
-        narrow._queue.put(None)
-    assert narrow._extra_jobs() == 5
-    for _ in range(50):
-        narrow._queue.put(None)
-    assert narrow._extra_jobs() == 7
-    narrow._idle.append(None)
-    assert narrow._extra_jobs() == 0
+    assert seen[1:] == [0] * 20
+
+
+@pytest.mark.parametrize(
+    ("workers", "waiting", "queued", "extra"),
+    [(1, 0, 5, 0), (2, 0, 5, 2), (2, 3, 5, 1), (2, 5, 5, 0), (2, 0, 100, 7), (1, 0, 0, 0)],
+    ids=["may start one", "share", "less those who wait", "all wait", "bound", "empty"],
+)
+def test_share_of_a_worker(
+    epoll_ctx: AioContext, workers: int, waiting: int, queued: int, extra: int
+) -> None:
+    pool = ThreadPool(epoll_ctx, workers_max=2)
+    pool._workers.update(threading.Thread() for _ in range(workers))
+    pool._waiting, pool._queued = waiting, queued
+    assert pool._extra_jobs() == extra
+    pool._workers.clear()
+    pool.close()
+
+
+def test_job_does_not_lie_behind_a_busy_worker_while_another_may_be_started(
+    epoll_ctx: AioContext, pool: ThreadPool
+) -> None:
+    """Three jobs wait for the fourth: with fewer than four workers this would hang."""
+    seen: list[Any] = []
+
+    def open_all(gates: list[threading.Event]) -> None:
+        for gate in gates:
+            gate.set()
+
+    for _ in range(200):
+        gates = [threading.Event() for _ in range(4)]
+        seen.clear()
+        for gate in gates[1:]:
+            pool.submit(gate.wait, (20,), seen.append)
+        pool.submit(partial(open_all, gates), (), seen.append)
+        poll_until(epoll_ctx, seen, 4)
+        assert seen.count(True) == 3
+
+
+def test_system_without_threads_to_spare_is_survived(
+    epoll_ctx: AioContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = ThreadPool(epoll_ctx, workers_max=4)
+    seen: list[Any] = []
+    gate = threading.Event()
+    pool.submit(gate.wait, (), seen.append)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    pool.submit(int, (), seen.append)
+    assert pool.workers_count == 1
+    gate.set()
+    poll_until(epoll_ctx, seen, 2)
+    with pytest.raises(RuntimeError, match="start new thread"):
+        ThreadPool(epoll_ctx).submit(int, (), seen.append)
+    pool.close()
 
 
 def test_run_is_shielded_from_cancellation(epoll_ctx: AioContext, pool: ThreadPool) -> None:
@@ -195,3 +238,19 @@ def test_submit_after_close_is_refused(epoll_ctx: AioContext) -> None:
     pool.close()
     with pytest.raises(AssertionError, match="closed"):
         pool.submit(int, (), print)
+
+
+def test_submit_while_the_last_worker_leaves_starts_another(epoll_ctx: AioContext) -> None:
+    pool = ThreadPool(epoll_ctx, workers_max=1, idle_timeout_s=30)
+    epoll_ctx.run(pool.run(int))
+    while not pool._waiting:
+        pass  # The worker is on its way to its sleep.
+    (worker,) = pool._workers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading, "current_thread", lambda: worker)
+        assert pool._leave_if_unneeded()  # What the worker would do, at the worst moment.
+    assert pool.workers_count == 0
+    assert epoll_ctx.run(pool.run(int, "7")) == 7
+    pool._queue.put(None)  # For the first one, which doesn't know that it has left.
+    pool.close()
+    worker.join()
