@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The other end of a connection: says what a test tells it to, byte by byte if need be.
+
+It runs in the test's own thread. Whenever it waits for the server it runs the server's loop, one
+round at a time and never sleeping; local sockets deliver at once, so when many rounds in a row bring
+nothing, nothing will come, and the test fails instead of hanging.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from blockemu.nbd.protocol import (
+    CLIENT_FLAGS,
+    GREETING,
+    IHAVEOPT,
+    NBD_REP_MAGIC,
+    NBD_REQUEST_MAGIC,
+    NBD_SIMPLE_REPLY_MAGIC,
+    NBDMAGIC,
+    OPTION,
+    OPTION_REPLY,
+    SIMPLE_REPLY,
+)
+
+if TYPE_CHECKING:
+    from blockemu.loop.aio_context import AioContext
+
+IDLE_ROUNDS_MAX = 50
+
+
+def header(
+    command: int, *, flags: int = 0, cookie: int = 0, offset: int = 0, length: int = 0
+) -> bytes:
+    """A request's header."""
+    return struct.pack(">IHHQQI", NBD_REQUEST_MAGIC, flags, command, cookie, offset, length)
+
+
+class Client:
+    """One end of a socket pair; the server has the other."""
+
+    def __init__(self, sock: socket.socket, *contexts: AioContext) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self._contexts = contexts
+
+    def rounds(self, count: int = 10) -> None:
+        """Run the server's loop `count` times."""
+        for _ in range(count):
+            for ctx in self._contexts:
+                ctx.poll(blocking=False)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Run the server's loop until `condition` holds."""
+        for _ in range(IDLE_ROUNDS_MAX):
+            if condition():
+                return
+            self.rounds(1)
+        assert condition()
+
+    def send(self, data: bytes) -> None:
+        """All of `data`, while the server runs."""
+        rest = memoryview(data)
+        idle = 0
+        while rest:
+            try:
+                rest = rest[self.sock.send(rest) :]
+                idle = 0
+            except BlockingIOError:
+                idle += 1
+                assert idle < IDLE_ROUNDS_MAX, f"the server doesn't take {len(rest)} bytes"
+            self.rounds(1)
+
+    def send_some(self, data: bytes) -> int:
+        """As much of `data` as goes without the server's taking any."""
+        sent = 0
+        while sent < len(data):
+            try:
+                sent += self.sock.send(data[sent:])
+            except BlockingIOError:
+                break
+        return sent
+
+    def receive(self, length: int) -> bytes:
+        """Exactly `length` bytes."""
+        received = b""
+        idle = 0
+        while len(received) < length:
+            self.rounds(1)
+            try:
+                data = self.sock.recv(length - len(received))
+                assert data, f"hung up after {received!r}"
+                received += data
+                idle = 0
+            except BlockingIOError:
+                idle += 1
+                assert idle < IDLE_ROUNDS_MAX, f"the server sent {received!r} and no more"
+        return received
+
+    def silent(self) -> bool:
+        """The server has nothing to say, and hasn't hung up."""
+        self.rounds()
+        try:
+            self.sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        return False
+
+    def drain(self) -> bytes:
+        """Whatever the server says until it hangs up or is silent."""
+        received = b""
+        for _ in range(IDLE_ROUNDS_MAX):
+            self.rounds(1)
+            try:
+                data = self.sock.recv(1 << 20)
+            except BlockingIOError:
+                continue
+            except ConnectionResetError:
+                return received
+            if not data:
+                return received
+            received += data
+        return received
+
+    def hung_up(self) -> bool:
+        """The server closes the connection without another word."""
+        for _ in range(IDLE_ROUNDS_MAX):
+            self.rounds(1)
+            try:
+                return self.sock.recv(1) == b""
+            except BlockingIOError:
+                continue
+            except ConnectionResetError:
+                return True
+        return False
+
+    # --- negotiation ---
+
+    def greet(self, client_flags: int = 3) -> None:
+        """Receive the greeting, and answer it."""
+        assert GREETING.unpack(self.receive(GREETING.size)) == (NBDMAGIC, IHAVEOPT, 3)
+        self.send(CLIENT_FLAGS.pack(client_flags))
+
+    def option(self, option: int, data: bytes = b"") -> None:
+        """Send an option."""
+        self.send(OPTION.pack(IHAVEOPT, option, len(data)) + data)
+
+    def option_reply(self, option: int) -> tuple[int, bytes]:
+        """Receive a reply to it: type and data."""
+        magic, answered, reply, length = OPTION_REPLY.unpack(self.receive(OPTION_REPLY.size))
+        assert magic == NBD_REP_MAGIC
+        assert answered == option
+        return reply, self.receive(length)
+
+    # --- transmission ---
+
+    def request(
+        self,
+        command: int,
+        *,
+        flags: int = 0,
+        cookie: int = 0,
+        offset: int = 0,
+        length: int = 0,
+        payload: bytes = b"",
+    ) -> None:
+        """Send a request. A payload gives the length."""
+        length = length or len(payload)
+        self.send(
+            header(command, flags=flags, cookie=cookie, offset=offset, length=length) + payload
+        )
+
+    def reply(self, length: int = 0) -> tuple[int, int, bytes]:
+        """Receive a reply: cookie, error, and `length` bytes if the error is 0."""
+        magic, error, cookie = SIMPLE_REPLY.unpack(self.receive(SIMPLE_REPLY.size))
+        assert magic == NBD_SIMPLE_REPLY_MAGIC
+        data = self.receive(length) if length and not error else b""
+        return int.from_bytes(cookie, "big"), error, data

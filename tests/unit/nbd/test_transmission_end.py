@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How connections end: by wish, by loss, by the server; with requests in flight, and without."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from blockemu.limits import Limits
+from blockemu.loop.aio_context import AioContext
+from blockemu.loop.clock import VirtualClock
+from blockemu.nbd.protocol import Command
+from tests.unit.nbd.client import header
+from tests.unit.nbd.conftest import Serve
+
+READ = Command.NBD_CMD_READ
+WRITE = Command.NBD_CMD_WRITE
+DISC = Command.NBD_CMD_DISC
+MIB = 1 << 20
+
+both_paths = pytest.mark.parametrize("mapped", [False, True], ids=["graph", "map"])
+
+
+def test_disc_closes(serve: Serve) -> None:
+    served = serve()
+    served.client.request(DISC)
+    assert served.client.hung_up()
+    assert served.closed == [True]
+
+
+@both_paths
+def test_disc_waits_for_what_is_in_flight(serve: Serve, mapped: bool) -> None:
+    served = serve(mapped=mapped)
+    served.backend.held, served.backend.file.behaviour = True, "pending"
+    served.client.request(READ, cookie=1, length=8)
+    served.client.request(DISC)
+    assert served.client.silent()
+    assert not served.closed
+    if mapped:
+        served.backend.file.complete()
+    else:
+        served.backend.end()
+    assert served.client.reply(8) == (1, 0, bytes(8))
+    assert served.client.hung_up()
+    assert served.closed == [True]
+
+
+def test_disc_behind_a_batch_answers_the_batch(serve: Serve) -> None:
+    served = serve(mapped=True)
+    served.client.send(b"".join(header(READ, cookie=i, length=8) for i in range(10)) + header(DISC))
+    assert [served.client.reply(8)[0] for _ in range(10)] == list(range(10))
+    assert served.client.hung_up()
+
+
+def test_nothing_after_disc_is_heard(serve: Serve) -> None:
+    served = serve()
+    served.client.send(header(DISC) + header(WRITE, length=4) + b"abcd")
+    assert served.client.hung_up()
+    assert not any(served.backend.disk[:4])
+
+
+@both_paths
+def test_a_lost_clients_requests_end_in_the_background(serve: Serve, mapped: bool) -> None:
+    served = serve(mapped=mapped)
+    served.backend.held, served.backend.file.behaviour = True, "pending"
+    served.backend.file.writes_inline = False
+    served.client.request(READ, length=8)
+    served.client.request(WRITE, payload=b"abcd")
+    served.client.until(lambda: len(served.backend.waiting + served.backend.file.pending) == 2)
+    served.client.sock.close()
+    served.client.rounds()
+    assert not served.closed
+    for _ in range(2):
+        if mapped:
+            served.backend.file.complete()
+        else:
+            served.backend.end()
+        served.client.rounds(3)
+    assert served.closed == [True]
+    assert served.backend.disk[:4] == b"abcd"
+
+
+@pytest.mark.parametrize("length", [100, MIB])
+@pytest.mark.parametrize("arrived", [0, 50])
+def test_a_client_lost_in_mid_payload_writes_nothing(
+    serve: Serve, length: int, arrived: int
+) -> None:
+    served = serve(mapped=True)
+    served.client.send(header(WRITE, length=length) + b"x" * arrived)
+    served.client.sock.close()
+    served.client.until(lambda: served.closed == [True])
+    assert not any(served.backend.disk)
+    assert served.connection.room() == Limits().in_flight_bytes_max
+
+
+def test_a_client_lost_in_mid_header_is_forgotten(serve: Serve) -> None:
+    served = serve()
+    served.client.send(header(READ, length=8)[:13])
+    served.client.sock.close()
+    served.client.until(lambda: served.closed == [True])
+
+
+def test_a_client_that_only_shuts_its_writing_half_gets_its_replies(serve: Serve) -> None:
+    served = serve()
+    served.client.send(header(READ, cookie=7, length=8))
+    served.client.sock.shutdown(socket.SHUT_WR)
+    assert served.client.reply(8) == (7, 0, bytes(8))
+    assert served.client.hung_up()
+
+
+def test_a_client_lost_with_replies_unsent_is_dropped(serve: Serve) -> None:
+    served = serve(mapped=True)
+    served.client.send(b"".join(header(READ, length=MIB) for _ in range(10)))
+    served.client.rounds()
+    assert served.connection.stopped
+    served.client.sock.close()
+    served.client.until(lambda: served.closed == [True])
+    assert not served.connection.replies.bytes_held
+
+
+# --- the server's wish ---
+
+
+def test_close_of_an_idle_connection_is_prompt(serve: Serve) -> None:
+    served = serve()
+    served.connection.close()
+    assert served.closed == [True]
+    assert served.client.hung_up()
+
+
+def test_close_answers_what_is_in_flight(serve: Serve) -> None:
+    served = serve()
+    served.backend.held = True
+    served.client.request(READ, cookie=1, length=8)
+    served.connection.close()
+    served.connection.close()
+    assert served.client.silent()
+    served.backend.end()
+    assert served.client.reply(8) == (1, 0, bytes(8))
+    assert served.client.hung_up()
+    assert served.closed == [True]
+
+
+def test_close_waits_no_longer_than_it_said_for_a_stalled_client(
+    serve: Serve, clock: VirtualClock
+) -> None:
+    served = serve(mapped=True)
+    served.client.send(b"".join(header(READ, length=MIB) for _ in range(10)))
+    served.client.rounds()
+    served.connection.close()
+    clock.advance_ns(Limits().close_linger_ns - 1)
+    served.client.rounds()
+    assert not served.closed
+    clock.advance_ns(1)
+    served.client.rounds()
+    assert served.closed == [True]
+
+
+def test_close_in_mid_payload_drops_the_payload(serve: Serve) -> None:
+    served = serve()
+    served.client.send(header(WRITE, length=MIB) + b"x" * 1000)
+    served.connection.close()
+    assert served.closed == [True]
+    assert not any(served.backend.disk)
+
+
+def test_an_ended_connection_leaves_its_neighbour_alone(serve: Serve, ctx: AioContext) -> None:
+    first = serve()
+    second = serve(export=first.export, backend=first.backend)
+    first.client.send(bytes(28))
+    assert first.client.hung_up()
+    assert first.export.connections == {second.connection}
+    second.client.request(READ, cookie=3, length=8)
+    assert second.client.reply(8) == (3, 0, bytes(8))
