@@ -65,7 +65,11 @@ class GuestReader:
         if extent is None:
             extent = await self._clusters.resolve(offset, length)
         if extent.length == length:
-            await self._read_extent(extent, offset, view)
+            if extent.kind is Kind.DATA:
+                await self._file.read(extent.host, view)
+                self.publish(extent, offset)
+            else:
+                await self._read_extent(extent, offset, view)
             return
         pieces: list[tuple[Extent, int, memoryview]] = []
         done = 0
@@ -104,8 +108,7 @@ class GuestReader:
         kind = extent.kind
         if kind is Kind.DATA:
             await self._file.read(extent.host, view)
-            if self.direct_map is not None:
-                self.publish(extent, offset)
+            self.publish(extent, offset)
         elif kind is Kind.COMPRESSED:
             cluster = await self._unpack(extent.host)
             inside = offset & self._mask

@@ -88,7 +88,8 @@ class GuestWriter:
         if extent.kind is not Kind.DATA or not extent.writable:
             return False
         if extent.length == length:
-            await self._write_extent(extent, offset, view)
+            await self._file.write(extent.host, view)
+            self._reader.publish(extent, offset)
             return True
         pieces: list[tuple[Extent, int, memoryview]] = []
         done = 0
@@ -107,8 +108,7 @@ class GuestWriter:
 
     async def _write_extent(self, extent: Extent, offset: int, view: memoryview) -> None:
         await self._file.write(extent.host, view)
-        if self._reader.direct_map is not None:
-            self._reader.publish(extent, offset)
+        self._reader.publish(extent, offset)
 
     # --- anywhere ---
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A second opinion on an image, from its bytes alone: references counted, guest content read.
 
-Slow, small, and sharing nothing with the driver but the specification, so that thousands of images as a
-power cut could leave them can be judged in a test. `qemu-img check` judges the judge in test_checker.py.
+Slow, small, and sharing nothing with the driver but the specification, so that thousands of images
+as a power cut could leave them can be judged in a test. `qemu-img check` judges the judge there.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Checker:
         fields = struct.unpack_from(">4sIQIIQIIQQIIQ", image)
         assert fields[0] == b"QFI\xfb"
         self.version = fields[1]
-        self.bits = fields[4]
-        self.size = 1 << self.bits
-        self.disk_bytes = fields[5]
+        self.bits: int = fields[4]
+        self.size: int = 1 << self.bits
+        self.disk_bytes: int = fields[5]
         self.l1 = (fields[8], fields[7])
         self.table = (fields[9], fields[10])
         self.snapshots = (fields[12], fields[11])
-        self.order = struct.unpack_from(">I", image, 96)[0] if self.version == 3 else 4
+        self.order: int = struct.unpack_from(">I", image, 96)[0] if self.version == 3 else 4
         self.references: Counter[int] = Counter()
         self.corruptions: list[str] = []
         self.leaks: list[int] = []
@@ -49,7 +49,7 @@ class Checker:
         bit = (cluster % per_block) << self.order
         if self.order < 3:
             byte = self.image[block + bit // 8] if block + bit // 8 < len(self.image) else 0
-            return byte >> (bit % 8) & ((1 << (1 << self.order)) - 1)
+            return int(byte >> (bit % 8) & ((1 << (1 << self.order)) - 1))
         width = 1 << (self.order - 3)
         return int.from_bytes(self.image[block + bit // 8 : block + bit // 8 + width], "big")
 

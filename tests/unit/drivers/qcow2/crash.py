@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A power cut at any point: which images it may leave, and what must be in them.
 
-The disk below keeps what it was told in a log. A cut after `n` operations leaves the operations that a
-completed flush covers (those that had taken effect when it *began*), and of the later ones any subset, a write
-torn into sectors. The guest side keeps a history for each sector: what was written since, and
-including, the last value that a flush promised. After a cut the sector must hold one of these.
+The disk below keeps what it was told in a log. A cut after `n` operations leaves the operations
+that a completed flush covers (those that had taken effect when it *began*), and of the later ones
+any subset, a write torn into sectors. The guest side keeps a history for each sector: what was
+written since, and including, the last value that a flush promised. After a cut the sector must hold
+one of these.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Event(NamedTuple):
     """start, end, flush-start, flush-end"""
     number: int
     first: int = 0
-    count: int = 0
+    sectors: int = 0
     value: bytes = b""
 
 
@@ -54,8 +55,8 @@ class GuestHistory:
                     found[:] = [item for item in found if item[0] >= number]
 
     def _start(self, event: Event) -> None:
-        self._ranges[event.number] = (event.first, event.count)
-        for sector in range(event.first, event.first + event.count):
+        self._ranges[event.number] = (event.first, event.sectors)
+        for sector in range(event.first, event.first + event.sectors):
             self.values[sector].append((event.number, event.value))
             flying = self._in_flight[sector]
             for other in flying:

@@ -4,15 +4,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from blockemu.drivers.driver import RequestFlags
-from blockemu.loop.aio_context import AioContext
-from blockemu.loop.clock import VirtualClock
-from blockemu.loop.poller import MemoryPoller
 from blockemu.loop.sync import gather
 from tests.unit.drivers.qcow2.checker import Checker
 from tests.unit.drivers.qcow2.support import KIB, Images
@@ -23,19 +20,10 @@ ROUNDS = 12
 TASKS = 24
 
 
-@pytest.fixture
-def ctx() -> Iterator[AioContext]:
-    clock = VirtualClock()
-    context = AioContext("simulated", clock=clock, poller=MemoryPoller(clock))
-    context.adopt()
-    yield context
-    context.close()
-
-
 class Mix:
     """Random requests at once; afterwards each sector holds what one of its writers wrote."""
 
-    def __init__(self, images: Images, path: str, rng: random.Random, **options: object) -> None:
+    def __init__(self, images: Images, path: str, rng: random.Random, **options: Any) -> None:
         self.rng = rng
         self.images = images
         images[path].latency_ns = lambda kind, offset, length: rng.randrange(1, 1000)
@@ -101,7 +89,7 @@ class Mix:
     ids=str,
 )
 def test_overlapping_requests_leave_each_cluster_to_one_owner(
-    images: Images, seed: int, options: dict[str, object], tmp_path: Path
+    images: Images, seed: int, options: dict[str, Any], tmp_path: Path
 ) -> None:
     images.create("image", DISK, **options)
     mix = Mix(images, "image", random.Random(seed))
