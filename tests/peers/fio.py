@@ -117,6 +117,7 @@ class Fio:
                 "--verify=crc32c",
                 "--do_verify=1",
                 "--verify_fatal=1",
+                "--verify_state_save=0",
                 f"--randseed={seed}",
             ],
         )

@@ -63,6 +63,7 @@ class ServerProcess:
         self.stdout_lines: list[str] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the child)
+        self._stderr_text = ""
         self._pending = b""
 
     @property
@@ -92,8 +93,10 @@ class ServerProcess:
 
     @property
     def stderr(self) -> str:
-        """Everything that the child has written to stderr so far."""
-        return os.pread(self._stderr.fileno(), 1 << 20, 0).decode(errors="replace")
+        """Everything that the child has written to stderr so far; also after the `with`."""
+        if not self._stderr.closed:
+            self._stderr_text = os.pread(self._stderr.fileno(), 1 << 20, 0).decode(errors="replace")
+        return self._stderr_text
 
     def start(self) -> Self:
         """Start the child and return when a client may connect.
@@ -217,6 +220,10 @@ class ServerProcess:
         """End the child whatever its state and let go of everything; for callers without `with`."""
         if self._process is not None:
             self.kill()
+        self._close_stderr()
+
+    def _close_stderr(self) -> None:
+        _ = self.stderr  # read for the last time, and kept
         self._stderr.close()
 
     def __enter__(self) -> Self:
@@ -240,4 +247,4 @@ class ServerProcess:
                 if error is not None and self.stderr:
                     error.add_note(f"{self.command[0]} wrote: {self.stderr}")
         finally:
-            self._stderr.close()
+            self._close_stderr()
