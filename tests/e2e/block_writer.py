@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A writer that knows, block by block, what the disk may hold after the server's end.
+
+Every 4 KiB block carries its own number and a generation that grows with each write of it. The
+writer keeps three facts per block: the generation that was acknowledged before a flush that
+succeeded (`flushed`: must survive a kill), the last one acknowledged (`acknowledged`: must
+survive a clean stop), and the last one sent (`sent`: nothing newer can be there). Several writes
+are in flight at a time, never two on one block, as their order would be undefined.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tests.e2e.raw_nbd import CMD_FLUSH, CMD_WRITE, FLAG_FUA, NBD_OK, RawNbd, Reply
+
+BLOCK_BYTES = 4096
+RUN_BLOCKS_MAX = 32
+DEPTH = 16
+FLUSH_EVERY = 40
+
+
+def block_content(block: int, generation: int) -> bytes:
+    """What a block holds after its `generation`-th write; generation 0 is never written: zeroes."""
+    if generation == 0:
+        return bytes(BLOCK_BYTES)
+    return struct.pack(">QQ", block, generation) * (BLOCK_BYTES // 16)
+
+
+class InFlight(NamedTuple):
+    """A write that hasn't been answered yet."""
+
+    blocks: range
+    generations: list[int]
+    fua: bool
+
+
+class BlockWriter:
+    """Random writes over one export, and the bookkeeping of what must have survived."""
+
+    def __init__(self, blocks: int, rng: random.Random) -> None:
+        self.blocks = blocks
+        self.sent = [0] * blocks
+        self.acknowledged = [0] * blocks
+        self.flushed = [0] * blocks
+        self._rng = rng
+        self._in_flight: dict[int, InFlight] = {}
+
+    def run(self, client: RawNbd, *, writes: int, at_end: Callable[[], None]) -> None:
+        """Send `writes` writes and some flushes; then call `at_end` with requests still in flight.
+
+        `at_end` ends the server; replies that still come are counted.
+        """
+        self._in_flight.clear()
+        for number in range(writes):
+            self._send_write(client)
+            while len(self._in_flight) >= DEPTH:
+                self._take_reply(client)
+            if number % FLUSH_EVERY == FLUSH_EVERY - 1:
+                self._flush(client)
+        at_end()
+        try:
+            while self._in_flight:
+                self._take_reply(client)
+        except OSError:
+            pass
+
+    def _free_run(self) -> range:
+        """Blocks that no request in flight touches."""
+        busy = {block for write in self._in_flight.values() for block in write.blocks}
+        while True:
+            start = self._rng.randrange(self.blocks)
+            length = min(self._rng.randint(1, RUN_BLOCKS_MAX), self.blocks - start)
+            blocks = range(start, start + length)
+            if busy.isdisjoint(blocks):
+                return blocks
+
+    def _send_write(self, client: RawNbd) -> None:
+        blocks = self._free_run()
+        for block in blocks:
+            self.sent[block] += 1
+        generations = [self.sent[block] for block in blocks]
+        pairs = zip(blocks, generations, strict=True)
+        data = b"".join(block_content(block, generation) for block, generation in pairs)
+        fua = self._rng.random() < 0.05
+        flags = FLAG_FUA if fua else 0
+        cookie = client.send(
+            CMD_WRITE, blocks.start * BLOCK_BYTES, len(data), flags=flags, payload=data
+        )
+        self._in_flight[cookie] = InFlight(blocks, generations, fua)
+
+    def _take_reply(self, client: RawNbd) -> None:
+        self._account(client.reply())
+
+    def _account(self, reply: Reply) -> None:
+        blocks, generations, fua = self._in_flight.pop(reply.cookie)
+        if reply.error != NBD_OK:
+            return
+        for block, generation in zip(blocks, generations, strict=True):
+            self.acknowledged[block] = generation
+            if fua:
+                self.flushed[block] = generation
+
+    def _flush(self, client: RawNbd) -> None:
+        """A flush covers what was acknowledged before it was sent; more writes may be in flight."""
+        covered = list(self.acknowledged)
+        cookie = client.send(CMD_FLUSH)
+        while (reply := client.reply()).cookie != cookie:
+            self._account(reply)
+        assert reply.error == NBD_OK, reply
+        self.flushed = [max(old, new) for old, new in zip(self.flushed, covered, strict=True)]
+
+    def adopt(self, generations: list[int]) -> None:
+        """Go on after a restart from what the disk turned out to hold."""
+        self.acknowledged = list(generations)
+        self.flushed = list(generations)
+
+    def find_generations(self, client: RawNbd, at_least: list[int]) -> list[int]:
+        """Read every block; its generation has to lie between `at_least` and the last one sent."""
+        found = []
+        chunk_blocks = 256
+        for start in range(0, self.blocks, chunk_blocks):
+            count = min(chunk_blocks, self.blocks - start)
+            data = client.read(start * BLOCK_BYTES, count * BLOCK_BYTES)
+            for index in range(count):
+                block = start + index
+                content = data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
+                generation = int.from_bytes(content[8:16], "big")
+                assert content == block_content(block, generation), (
+                    f"block {block} is torn or foreign"
+                )
+                assert at_least[block] <= generation <= self.sent[block], (
+                    f"block {block} holds generation {generation}, "
+                    f"expected {at_least[block]} to {self.sent[block]}"
+                )
+                found.append(generation)
+        return found
