@@ -128,7 +128,8 @@ class Negotiation:
         flags = HandshakeFlag.NBD_FLAG_FIXED_NEWSTYLE | HandshakeFlag.NBD_FLAG_NO_ZEROES
         await self._stream.send(GREETING.pack(NBDMAGIC, IHAVEOPT, flags))
         (client_flags,) = CLIENT_FLAGS.unpack(await self._stream.receive(CLIENT_FLAGS.size))
-        known = ClientFlag.NBD_FLAG_C_FIXED_NEWSTYLE | ClientFlag.NBD_FLAG_C_NO_ZEROES
+        # As plain numbers: inverting an IntFlag yields named bits only.
+        known = int(ClientFlag.NBD_FLAG_C_FIXED_NEWSTYLE | ClientFlag.NBD_FLAG_C_NO_ZEROES)
         if client_flags & ~known:
             raise NegotiationError(f"unknown client flags {client_flags:#x}")
         self._fixed = bool(client_flags & ClientFlag.NBD_FLAG_C_FIXED_NEWSTYLE)

@@ -39,12 +39,13 @@ class NegotiationStream:
         self._aborted: str | None = None
 
     def abort(self, reason: str) -> None:
-        """Fail what the coroutine waits for, or the next that it will wait for."""
+        """Fail what the coroutine waits for, or its next call if it waits for something else."""
         self._aborted = reason
         self._wake()
 
     async def receive(self, length: int) -> bytes:
         """Exactly `length` bytes. Suspends: until they are there. Raises: NegotiationError."""
+        self._check()
         self._bytes_left -= length
         if self._bytes_left < 0:
             raise NegotiationError("client sent too much before it chose an export")
@@ -69,6 +70,7 @@ class NegotiationStream:
 
     async def send(self, data: bytes) -> None:
         """All of `data`. Suspends: until the kernel has it. Raises: NegotiationError."""
+        self._check()
         rest = memoryview(data)
         while rest:
             try:
@@ -79,18 +81,21 @@ class NegotiationStream:
                 raise NegotiationError(f"send failed: {error.strerror}") from error
 
     async def _wait(self, *, write: bool) -> None:
-        if self._aborted is None:
-            self._ready = Future()
-            fd = self._sock.fileno()
-            if write:
-                self._ctx.set_fd_handler(fd, write=self._wake, external=True)
-            else:
-                self._ctx.set_fd_handler(fd, read=self._wake, external=True)
-            try:
-                await self._ready
-            finally:
-                self._ready = None
-                self._ctx.set_fd_handler(fd)
+        self._check()
+        self._ready = Future()
+        fd = self._sock.fileno()
+        if write:
+            self._ctx.set_fd_handler(fd, write=self._wake, external=True)
+        else:
+            self._ctx.set_fd_handler(fd, read=self._wake, external=True)
+        try:
+            await self._ready
+        finally:
+            self._ready = None
+            self._ctx.set_fd_handler(fd)
+        self._check()
+
+    def _check(self) -> None:
         if self._aborted is not None:
             raise NegotiationError(self._aborted)
 

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server's end and a client's end of one connection, in one thread, on a clock that stands still."""
+"""A server's end and a client's end of a connection, in one thread, on a clock that doesn't move."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
-from blockemu.exports import Export
+from blockemu.exports import Export, ExportTable
 from blockemu.limits import Limits
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.clock import VirtualClock
+from blockemu.nbd.protocol import EXPORT_NAME_REPLY, Option
+from blockemu.nbd.server import NbdServer
 from blockemu.nbd.transmission import Connection
 from tests.unit.nbd.client import Client
 from tests.unit.nbd.fakes import FakeBackend
@@ -94,3 +97,76 @@ def serve(ctx: AioContext) -> Iterator[Serve]:
         assert served.closed == [True]
         assert served.connection not in served.export.connections
         assert not served.backend.pinned()
+
+
+@dataclass
+class Server:
+    """A server on a unix socket with the exports "disk" (the default) and "zweite Platte"."""
+
+    ctx: AioContext
+    server: NbdServer
+    exports: ExportTable
+    backend: FakeBackend
+    path: Path
+    clients: list[Client] = field(default_factory=list)
+
+    def connect(self) -> Client:
+        """A fresh client."""
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.connect(str(self.path))
+        except OSError:
+            sock.close()
+            raise
+        self.clients.append(Client(sock, self.ctx))
+        return self.clients[-1]
+
+    def enter(self, name: str) -> Client:
+        """A client in the transmission phase."""
+        client = self.connect()
+        self.choose(client, name)
+        return client
+
+    def choose(self, client: Client, name: str) -> None:
+        """Negotiate an export, in the shortest way."""
+        client.greet()
+        client.option(Option.NBD_OPT_EXPORT_NAME, name.encode())
+        client.receive(EXPORT_NAME_REPLY.size)
+
+    def close(self) -> None:
+        """Close the server, with clients as they are; all must be gone then."""
+        for client in self.clients:
+            client.sock.close()
+        while self.backend.waiting:
+            self.backend.end()
+        self.ctx.run(self.server.close())
+        assert not self.server.connection_count
+
+
+StartServer = Callable[..., Server]
+
+
+@pytest.fixture
+def start_server(ctx: AioContext, tmp_path: Path) -> Iterator[StartServer]:
+    """Start a server; at the end it must be able to close without a trace."""
+    made: list[Server] = []
+
+    def start(*, limits: Limits | None = None) -> Server:
+        exports = ExportTable()
+        backend = FakeBackend(ctx, DISK_BYTES)
+        exports.add(Export("disk", backend.as_backend, description="the first"))
+        second = FakeBackend(ctx, 4096, writable=False)
+        exports.add(Export("zweite Platte", second.as_backend))
+        path = tmp_path / f"nbd{len(made)}.sock"
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        listener.listen(64)
+        listener.setblocking(False)
+        server = NbdServer(ctx, exports, limits=limits or Limits())
+        server.listen(listener)
+        made.append(Server(ctx, server, exports, backend, path))
+        return made[-1]
+
+    yield start
+    for server in made:
+        server.close()

@@ -26,9 +26,9 @@ MIB = 1 << 20
 both_paths = pytest.mark.parametrize("mapped", [False, True], ids=["graph", "map"])
 
 
-def ask(served: Served, command: int, **fields: int) -> int:
+def ask(served: Served, command: int, *, flags: int = 0, offset: int = 0, length: int = 0) -> int:
     """A request without payload: the error of its reply."""
-    served.client.request(command, cookie=77, **fields)
+    served.client.request(command, cookie=77, flags=flags, offset=offset, length=length)
     cookie, error, _ = served.client.reply()
     assert cookie == 77
     return error

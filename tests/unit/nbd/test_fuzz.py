@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever a client sends, in whatever pieces: it is answered or hung up on, and nothing is left.
+
+The streams are mostly sensible, since pure noise dies at the first magic number. The fixtures'
+standing checks do half the work: no exception may reach the loop, the server must close without a
+client left, and no request may stay in flight. Hypothesis prints the failing example, and how to
+replay it.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from blockemu.limits import Limits
+from blockemu.nbd.protocol import (
+    IHAVEOPT,
+    NBD_REQUEST_MAGIC,
+    NBD_SIMPLE_REPLY_MAGIC,
+    OPTION,
+    SIMPLE_REPLY,
+)
+from tests.unit.nbd.conftest import DISK_BYTES, Serve, StartServer
+
+KIB = 1024
+LIMITS = Limits(
+    request_length_max=256 * KIB,
+    in_flight_bytes_max=256 * KIB,
+    discard_length_max=300 * KIB,
+    in_flight_requests_max=4,
+    round_requests_max=3,
+    option_length_max=8 * KIB,
+    negotiation_bytes_max=64 * KIB,
+)
+
+bounded = settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+cuts = st.lists(st.integers(min_value=1, max_value=200_000), min_size=1, max_size=4)
+
+
+def pieces(stream: bytes, sizes: list[int]) -> list[bytes]:
+    """`stream` cut into pieces of these sizes, in turn."""
+    cut, turn = [], 0
+    while stream:
+        size = sizes[turn % len(sizes)]
+        # Tiny pieces of a long stream would take a minute.
+        size = max(size, len(stream) // 50)
+        cut.append(stream[:size])
+        stream, turn = stream[size:], turn + 1
+    return cut
+
+
+@st.composite
+def options(draw: st.DrawFn) -> bytes:
+    """One option: sensible, or a little off, or not at all."""
+    option = draw(st.sampled_from([1, 2, 3, 5, 6, 7, 8, 9, 10, 99]) | st.integers(0, 2**32 - 1))
+    name = draw(st.sampled_from([b"disk", b"", b"none", b"\xff", b"x" * 5000]))
+    items = draw(st.lists(st.integers(0, 65535), max_size=4))
+    count = draw(st.just(len(items)) | st.integers(0, 65535))
+    told = draw(st.just(len(name)) | st.integers(0, 2**32 - 1))
+    data = draw(
+        st.just(b"")
+        | st.binary(max_size=40)
+        | st.just(name)
+        | st.just(struct.pack(f">I{len(name)}sH{len(items)}H", told, name, count, *items))
+    )
+    magic = draw(st.sampled_from([IHAVEOPT] * 20 + [0]))
+    length = draw(st.sampled_from([len(data)] * 20 + [0, 7, 9000, 2**32 - 1]))
+    return OPTION.pack(magic, option, length) + data
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> bytes:
+    """One request: sensible, or a little off, or not at all."""
+    command = draw(st.sampled_from([0, 0, 0, 1, 1, 1, 3, 4, 6, 2, 5, 7, 99, 65535]))
+    flags = draw(st.sampled_from([0] * 6 + [1, 2, 3, 4, 16, 65535]))
+    offset = draw(
+        st.integers(0, DISK_BYTES) | st.sampled_from([DISK_BYTES - 1, DISK_BYTES, 2**63, 2**64 - 1])
+    )
+    length = draw(
+        st.sampled_from([0, 1, 512, 4096, 65536, 65537, 256 * KIB, 256 * KIB + 1, 2**32 - 1])
+        | st.integers(0, 300 * KIB)
+    )
+    magic = draw(st.sampled_from([NBD_REQUEST_MAGIC] * 20 + [0]))
+    payload = bytes(length) if command == 1 and length <= 400 * KIB else b""
+    return struct.pack(">IHHQQI", magic, flags, command, length, offset, length) + payload
+
+
+@bounded
+@given(
+    flags=st.sampled_from([0, 1, 2, 3, 4]),
+    stream=st.lists(options(), max_size=8).map(b"".join) | st.binary(max_size=100),
+    sizes=cuts,
+)
+def test_any_negotiation_is_answered_or_ended(
+    start_server: StartServer, flags: int, stream: bytes, sizes: list[int]
+) -> None:
+    server = start_server(limits=LIMITS)
+    client = server.connect()
+    try:
+        for piece in pieces(struct.pack(">I", flags) + stream, sizes):
+            client.send_some(piece)
+            client.rounds(3)
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+    said = client.drain()
+    assert said[:16] == b"NBDMAGICIHAVEOPT"
+    server.close()
+
+
+@bounded
+@given(
+    stream=st.lists(requests(), max_size=10).map(b"".join) | st.binary(max_size=100),
+    sizes=cuts,
+    mapped=st.booleans(),
+    inline=st.booleans(),
+    behaviour=st.sampled_from(["inline", "inline", "pending", "error", "short"]),
+    held=st.booleans(),
+)
+def test_any_requests_are_answered_or_the_connection_ended(
+    serve: Serve,
+    stream: bytes,
+    sizes: list[int],
+    mapped: bool,
+    inline: bool,
+    behaviour: str,
+    held: bool,
+) -> None:
+    served = serve(mapped=mapped, limits=LIMITS)
+    backend, file = served.backend, served.backend.file
+    file.behaviour, file.writes_inline, backend.held = behaviour, inline, held
+    said = b""
+    try:
+        for piece in pieces(stream, sizes):
+            served.client.send_some(piece)
+            served.client.rounds(2)
+            # The last first: replies need not come in order.
+            if backend.waiting:
+                backend.end(-1)
+            if file.pending:
+                file.complete(-1)
+        served.client.sock.shutdown(socket.SHUT_WR)
+    except (BrokenPipeError, ConnectionResetError, OSError):
+        pass
+    for _ in range(40):
+        while backend.waiting:
+            backend.end()
+        while file.pending:
+            file.complete()
+        try:
+            said += served.client.sock.recv(1 << 20)
+        except (BlockingIOError, ConnectionResetError):
+            pass
+        served.client.rounds(2)
+    assert not backend.waiting
+    assert not file.pending
+    assert served.closed == [True], "neither answered nor ended"
+    check_replies(said)
+
+
+def check_replies(said: bytes) -> None:
+    """`said` is replies, one after the other; a cookie is the length that was asked for. A write's
+    reply has no data, nor has an error's; zeroes are what the disk holds."""
+    while said:
+        magic, error, cookie = SIMPLE_REPLY.unpack_from(said)
+        assert magic == NBD_SIMPLE_REPLY_MAGIC
+        said = said[SIMPLE_REPLY.size :]
+        length = int.from_bytes(cookie, "big")
+        if not error and length and said[:4] != b"\x67\x44\x66\x98" and said:
+            assert not any(said[:length])
+            said = said[length:]
