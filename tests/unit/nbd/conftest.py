@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server's end and a client's end of a connection, in one thread, on a clock that doesn't move."""
+"""Both ends of a connection, the server's and the client's, on a clock that doesn't move."""
 
 from __future__ import annotations
 
