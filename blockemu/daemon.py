@@ -66,6 +66,7 @@ class Daemon:
         self.port = 0
         """The TCP port that was given to us, once we listen."""
         self._stopping = Event()
+        self._watcher: SignalWatcher | None = None
 
     # --- the thread that runs it ---
 
@@ -73,10 +74,14 @@ class Daemon:
         self,
         *,
         handle_signals: bool = False,
+        then_exit: bool = False,
         on_ready: Callable[[list[str]], None] = lambda lines: None,
     ) -> None:
         """Serve until `stop`, or until a signal if `handle_signals` (main thread only).
 
+        `then_exit`: the process has nothing else to do. Signals then do nothing any more, so that
+        a second one, which finds the images closed and the interpreter on its way out, doesn't turn
+        a clean end into a failed one. Keep the daemon until the process exits.
         `on_ready` is handed one line per export, its URI first, when clients can connect.
         Raises: ImageError, DaemonError, when it can't start; everything is undone then. OSError,
         when an image couldn't be flushed at the end.
@@ -87,22 +92,21 @@ class Daemon:
         self.iohandler_ctx.adopt()
         self.main_ctx.attach(context)
         self.iohandler_ctx.attach(context)
-        watcher = (
-            SignalWatcher(self.iohandler_ctx, STOP_SIGNALS, self._on_signal)
-            if handle_signals
-            else None
-        )
         try:
+            if handle_signals:
+                self._watcher = SignalWatcher(self.iohandler_ctx, STOP_SIGNALS, self._on_signal)
+                self._hold_signals(hold=True)
             life = self.main_ctx.spawn(self._live(on_ready), name="daemon")
             life.add_done_callback(lambda _: loop.quit())
             if not life.done():
                 loop.run()
             life.result()
         finally:
-            if watcher is not None:
-                watcher.close()
-            self.iohandler_ctx.close()
             self.main_ctx.close()
+            if self._watcher is not None and not then_exit:
+                self._watcher.close()
+                self._hold_signals(hold=False)
+            self.iohandler_ctx.close()
             context.close()
 
     def stop(self) -> None:
@@ -113,12 +117,26 @@ class Daemon:
         log.info("%s: stopping", signal.Signals(number).name)
         self.stop()
 
+    def _hold_signals(self, *, hold: bool) -> None:
+        """Let signals wait, or let them come.
+
+        They wait during the start, so that the threads which are started then block them too, and
+        from the beginning of the end on, when one more means nothing. A thread may live on for a
+        moment after it was joined; one that doesn't block a signal would then die of it, and with
+        it the process.
+        """
+        if self._watcher is not None:
+            how = signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK
+            signal.pthread_sigmask(how, STOP_SIGNALS)
+
     async def _live(self, on_ready: Callable[[list[str]], None]) -> None:
         async with AsyncExitStack() as undo:
             await self._start(undo)
             on_ready(self.describe_exports())
             self._notify("READY=1")
+            self._hold_signals(hold=False)
             await self._stopping.wait()
+            self._hold_signals(hold=True)
             self._notify("STOPPING=1")
 
     # --- start; each step says how it is undone ---

@@ -43,5 +43,5 @@ cli.add_command(img)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script. Exits: 0 done, 1 failed (one line on stderr says why), 2 wrong usage."""
-    state = CliState()
+    state = CliState(owns_process=arguments is None)
     sys.exit(run_command(cli, list(sys.argv[1:] if arguments is None else arguments), state))

@@ -7,7 +7,7 @@ import os
 
 import click
 
-from blockemu.cli.verbosity import verbose_option
+from blockemu.cli.verbosity import CliState, verbose_option
 
 EPILOG = """
 Each IMAGE is an export of its own, named after its file without the extension, and runs on an
@@ -87,9 +87,11 @@ Examples:
     help="Listen for QMP (QEMU's machine protocol) on this unix socket.",
 )
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.pass_obj
 @click.help_option("-h", "--help")
 @verbose_option
 def serve(
+    state: CliState,
     fmt: str | None,
     names: tuple[str, ...],
     socket_path: str | None,
@@ -128,7 +130,8 @@ def serve(
         control_path=control_path,
     )
     daemon = Daemon(config, notify=make_notify(os.environ.get("NOTIFY_SOCKET")))
-    daemon.run(handle_signals=True, on_ready=announce)
+    state.kept = daemon
+    daemon.run(handle_signals=True, then_exit=state.owns_process, on_ready=announce)
 
 
 def announce(lines: list[str]) -> None:

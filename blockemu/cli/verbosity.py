@@ -22,6 +22,10 @@ class CliState:
     """What the whole command line shares: made in main(), reaches commands as click's `obj`."""
 
     verbosity: int = 0
+    owns_process: bool = False
+    """This is the console script, so settings of the whole process are ours to change."""
+    kept: object = None
+    """What must live until the process exits."""
 
 
 def _count(context: click.Context, parameter: click.Parameter, value: int) -> int:
