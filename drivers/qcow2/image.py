@@ -112,7 +112,7 @@ async def _read_root(file: ImageFile, offset: int, entries: int) -> RootTable:
     if data:
         await file.read(offset, memoryview(data))
     words: array[int] = words_from("Q", data)
-    return RootTable(words, offset=offset, granule=file.granule)
+    return RootTable(words, offset=offset, granule=min(file.granule, file.cluster_size))
 
 
 def _assemble(

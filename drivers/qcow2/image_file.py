@@ -112,8 +112,10 @@ class ImageFile:
         try:
             await self.child.truncate(target)
         except OSError as error:
-            if error.errno != errno.ENOTSUP or not self.child.node.driver.is_protocol:
+            if error.errno != errno.ENOTSUP:
                 raise
+            if not self.child.node.driver.is_protocol:
+                raise io_error(errno.ENOSPC, f"{self.name}: the file can't grow") from error
             # No resizing: the file grows by being written, so its tail can't be left a hole.
             self.sparse = False
             target = end

@@ -17,7 +17,10 @@ ENTRY_BYTES = 8
 
 
 class RootTable:
-    """Entries in native byte order at host offset `offset`. Change them through `put`."""
+    """Entries in native byte order at host offset `offset`. Change them through `put`.
+
+    `granule`: bytes written at once; at most a cluster.
+    """
 
     __slots__ = ("_dirty", "_granule_words", "offset", "words")
 
@@ -49,13 +52,12 @@ class RootTable:
     def capture(self) -> tuple[list[tuple[int, bytes]], set[int]]:
         """Writes for all that is dirty now, and what to hand back to `restore` if they fail."""
         step = self._granule_words
-        writes = [
-            (
-                self.offset + granule * step * ENTRY_BYTES,
-                disk_bytes(self.words[granule * step : (granule + 1) * step]),
-            )
-            for granule in self._dirty
-        ]
+        writes = []
+        for granule in self._dirty:
+            data = disk_bytes(self.words[granule * step : (granule + 1) * step])
+            # The table's last cluster is its own to the end, so a short granule may be filled up.
+            whole = data.ljust(step * ENTRY_BYTES, b"\0")
+            writes.append((self.offset + granule * step * ENTRY_BYTES, whole))
         taken, self._dirty = self._dirty, set()
         return merge(writes), taken
 

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Growing the virtual disk."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from tests.unit.drivers.qcow2.support import KIB, MIB, Images
+
+
+@pytest.mark.parametrize("compat", ["1.1", "0.10"])
+def test_grown_disk_reads_zeroes_behind_its_old_end(
+    images: Images, tmp_path: Path, compat: str
+) -> None:
+    images.create("image", 100 * KIB, cluster_size=4096, compat=compat)
+    disk = images.open("image")
+    disk.write(0, b"x" * (100 * KIB))
+    l1 = disk.driver.image.header.l1_table_offset
+    disk.ctx.run(disk.node.truncate(2048 * MIB))
+    assert disk.driver.image.header.l1_table_offset != l1
+    assert disk.node.length_bytes == 2048 * MIB
+    assert disk.read(99 * KIB, 64 * KIB) == b"x" * KIB + bytes(63 * KIB)
+    disk.write(2048 * MIB - 512, b"y" * 512)
+    disk.close()
+    images.check("image", tmp_path)
+    assert images.open("image").read(2048 * MIB - 512, 512) == b"y" * 512
+
+
+def test_longer_backing_file_does_not_show_behind_the_old_end(images: Images) -> None:
+    images.files.add("base", b"\xff" * MIB)
+    images.create("image", 100 * KIB, backing_file="base", backing_fmt="raw")
+    disk = images.open("image")
+    disk.ctx.run(disk.node.truncate(2 * MIB))
+    assert disk.read(0, 2 * MIB) == b"\xff" * (100 * KIB) + bytes(2 * MIB - 100 * KIB)
+
+
+def test_shrinking_is_refused(images: Images) -> None:
+    images.create("image", MIB)
+    disk = images.open("image")
+    with pytest.raises(OSError) as caught:
+        disk.ctx.run(disk.node.truncate(512))
+    assert caught.value.errno == errno.ENOTSUP
+
+
+def test_disk_beyond_the_format_is_refused(images: Images) -> None:
+    images.create("image", MIB, cluster_size=512)
+    disk = images.open("image")
+    with pytest.raises(OSError) as caught:
+        disk.ctx.run(disk.node.truncate(1 << 40))
+    assert caught.value.errno == errno.EFBIG
+    assert disk.node.length_bytes == MIB
