@@ -56,13 +56,16 @@ def listen_tcp(host: str, port: int, *, backlog: int = BACKLOG_DEFAULT) -> list[
         reason = error.strerror if isinstance(error, socket.gaierror) else "not a host name"
         raise DaemonError(name, f"bad address: {reason}") from error
 
+    # `::` alone takes IPv4 clients, too; beside an IPv4 socket of the same port it would clash.
+    ipv6_only = any(family == socket.AF_INET for family, *_ in found)
     sockets: list[socket.socket] = []
     first_error: OSError | None = None
     for family, kind, protocol, _, address in dict.fromkeys(found):
         if sockets and port == 0:
             address = (address[0], sockets[0].getsockname()[1], *address[2:])
         try:
-            sockets.append(_listen(family, kind, protocol, address, backlog))
+            sock = _listen(family, kind, protocol, address, backlog, ipv6_only=ipv6_only)
+            sockets.append(sock)
         except OSError as error:
             if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                 for opened in sockets:
@@ -76,14 +79,19 @@ def listen_tcp(host: str, port: int, *, backlog: int = BACKLOG_DEFAULT) -> list[
 
 
 def _listen(
-    family: int, kind: int, protocol: int, address: tuple[object, ...], backlog: int
+    family: int,
+    kind: int,
+    protocol: int,
+    address: tuple[object, ...],
+    backlog: int,
+    *,
+    ipv6_only: bool,
 ) -> socket.socket:
     sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            # Each family has a socket of its own: one for both would clash with the other.
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, ipv6_only)
         sock.bind(address)
         sock.listen(backlog)
     except BaseException:

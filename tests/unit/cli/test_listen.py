@@ -60,6 +60,15 @@ def test_tcp_ipv6_loopback_listens_where_the_machine_has_it() -> None:
         sock.close()
 
 
+def test_tcp_ipv6_wildcard_takes_ipv4_clients_too() -> None:
+    try:
+        (sock,) = listen_tcp("::", 0)
+    except DaemonError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    with sock, socket.create_connection(("127.0.0.1", sock.getsockname()[1])):
+        pass
+
+
 def test_unix_new_path_is_for_the_owner_only(tmp_path: Path) -> None:
     path = tmp_path / "s"
     listener = listen_unix(str(path))
