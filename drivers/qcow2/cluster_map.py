@@ -151,8 +151,11 @@ class ClusterMap:
     def _slice_offset(self, cluster: int) -> int:
         entry = self.l1.words[cluster >> self._layout.l2_bits]
         table = entry & OFFSET_MASK
-        if entry & L1_RESERVED or not table or table & self._mask or (
-            table + self._mask >= self._file.length
+        if (
+            entry & L1_RESERVED
+            or not table
+            or table & self._mask
+            or (table + self._mask >= self._file.length)
         ):
             index = cluster >> self._layout.l2_bits
             raise self._damage.report(

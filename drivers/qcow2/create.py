@@ -201,4 +201,3 @@ async def _write_entries(
         words = array("Q", (cluster << bits | COPIED for cluster in range(low, high)))
         data = disk_bytes(words)
         await node.pwritev(offset + start, memoryview(data + bytes(length - len(data))))
-

@@ -57,9 +57,7 @@ class CreateOptions:
             _refcount_order(name, take_size(name, rest, "refcount_bits", 16), version),
             version,
         )
-        compression = take_choice(
-            name, rest, "compression_type", tuple(_COMPRESSION_TYPES), "zlib"
-        )
+        compression = take_choice(name, rest, "compression_type", tuple(_COMPRESSION_TYPES), "zlib")
         if take_bool(name, rest, "extended_l2", default=False):
             raise ImageError(name, "extended_l2=on is not supported yet")
         found = cls(

@@ -66,7 +66,8 @@ class Qcow2Driver(BlockDriver):
 
     @classmethod
     def recognises(cls, start: bytes) -> bool:
-        return start[:4] == MAGIC and start[4:8] in (b"\0\0\0\2", b"\0\0\0\3")
+        # Versions to come, too: better refused as qcow2 than served as raw bytes.
+        return start[:4] == MAGIC and start[4:8] not in (b"", b"\0\0\0\1")
 
     @classmethod
     def names_other_file(cls, start: bytes) -> str | None:

@@ -151,9 +151,7 @@ class GuestEraser:
                 self._clusters.set_entry(found, position, word, discard=discard)
         return count
 
-    def _changes(
-        self, found: Slice, index: int, count: int, change: Callable[[int], int]
-    ) -> int:
+    def _changes(self, found: Slice, index: int, count: int, change: Callable[[int], int]) -> int:
         """How many entries `change` would change, all of them being possible ones."""
         changes = 0
         for position in range(index, index + count):

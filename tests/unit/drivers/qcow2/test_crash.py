@@ -66,9 +66,7 @@ def run_workload(images: Images, rng: random.Random, **options: Any) -> Recorder
     return recorder
 
 
-def judge(
-    recorder: Recorder, rng: random.Random, *, cuts: int, tmp_path: Path
-) -> None:
+def judge(recorder: Recorder, rng: random.Random, *, cuts: int, tmp_path: Path) -> None:
     operations = recorder.operations
     cut_disk = CutDisk(recorder.content, operations, recorder.flush_starts)
     history = GuestHistory(DISK_BYTES // SECTOR)

@@ -36,9 +36,7 @@ def test_every_cluster_size_is_clean(
 
 
 @pytest.mark.parametrize("refcount_bits", [1, 2, 4, 8, 16, 32, 64])
-def test_every_refcount_width_is_clean(
-    images: Images, tmp_path: Path, refcount_bits: int
-) -> None:
+def test_every_refcount_width_is_clean(images: Images, tmp_path: Path, refcount_bits: int) -> None:
     options = {"cluster_size": 512, "refcount_bits": refcount_bits}
     images.create("image", 2 * MIB, preallocation="metadata", **options)
     images.check("image", tmp_path)

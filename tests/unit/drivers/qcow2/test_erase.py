@@ -125,9 +125,7 @@ def test_qemu_sees_the_same_map(images: Images, tmp_path: Path) -> None:
         offset += status.length
     disk.close()
     saved = images.save("image", tmp_path)
-    theirs = json.loads(
-        run_tool(["qemu-img", "map", "--output=json", "-f", "qcow2", saved]).stdout
-    )
+    theirs = json.loads(run_tool(["qemu-img", "map", "--output=json", "-f", "qcow2", saved]).stdout)
     assert found == [
         (item["start"], item["length"], item["data"], item["zero"], item.get("offset"))
         for item in theirs

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.qcow2.driver import Qcow2Driver
 from blockemu.drivers.qcow2.features import feature_names, name_table
 from blockemu.drivers.qcow2.header import Extension, Header, check_tables, check_writable, parse
 from blockemu.drivers.qcow2.probe import names_other_file
@@ -87,9 +88,11 @@ def test_impossible_header_is_refused_by_name(fields: dict[str, Any], words: str
     given = header(**fields)
     version = given.version
     given.version = 3
-    data = bytearray(given.serialise("image").ljust(1 << 16, b"\0")) if (
-        given.cluster_bits >= 9
-    ) else bytearray(bytes_of(header()))
+    data = (
+        bytearray(given.serialise("image").ljust(1 << 16, b"\0"))
+        if (given.cluster_bits >= 9)
+        else bytearray(bytes_of(header()))
+    )
     struct.pack_into(">I", data, 4, version)
     struct.pack_into(">I", data, 20, given.cluster_bits)
     assert words in reason(bytes(data))
@@ -178,3 +181,11 @@ def test_probe_tells_of_other_files() -> None:
     far = bytearray(bytes_of(header()))
     struct.pack_into(">QI", far, 8, 60000, 5)
     assert names_other_file(bytes(far)[:4096]) == "(a backing file)"
+
+
+def test_versions_to_come_are_recognised_and_version_1_is_not() -> None:
+    for version, known in ((1, False), (2, True), (3, True), (4, True)):
+        start = b"QFI\xfb" + version.to_bytes(4, "big")
+        assert Qcow2Driver.recognises(start) is known
+    assert not Qcow2Driver.recognises(b"QFI\xfb")
+    assert not Qcow2Driver.recognises(b"")

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from blockemu.drivers.driver import RequestFlags
@@ -68,7 +68,6 @@ def play(disk: Disk, model: bytearray, base: bytes, step: Step) -> None:
         disk.flush()
 
 
-@settings(max_examples=40)
 @given(options=FORMATS, steps=STEPS, with_base=st.booleans(), tiny_caches=st.booleans())
 def test_image_holds_what_a_byte_array_holds(
     options: dict[str, int | str], steps: list[Step], with_base: bool, tiny_caches: bool
@@ -94,7 +93,11 @@ def run(
         images.files.add("base", base)
         options = {**options, "backing_file": "base", "backing_fmt": "raw"}
     images.create("image", DISK_BYTES, **options)
-    caches: dict[str, Any] = {"l2_cache_size": 2048, "refcount_cache_size": 2048, "l2_cache_entry_size": 512}
+    caches: dict[str, Any] = {
+        "l2_cache_size": 2048,
+        "refcount_cache_size": 2048,
+        "l2_cache_entry_size": 512,
+    }
     own = caches if tiny_caches else {}
     model = bytearray(base + bytes(DISK_BYTES - len(base)))
     disk = images.open("image", **own)
