@@ -4,6 +4,7 @@
 # make test           every test; installs what they need first (ARGS= goes to pytest)
 # make check          the quick ones: unit, contract and tidy tests, in under a minute
 # make lint types     ruff; mypy --strict on an installed copy
+# make fuzz-differential  random operations on served qcow2 images (ROUNDS=, SEED=)
 # make bench          against qemu-storage-daemon and nbdkit (ARGS=)
 # make image          a container image; make image-test also runs the daemon from it
 # make clean          remove what the others made
@@ -12,6 +13,7 @@
 
 .SUFFIXES:
 .PHONY: help serve bootstrap test check lint format types bench image image-test clean
+.PHONY: fuzz-differential
 
 export PYTHON
 VENV = .venv/bin
@@ -47,6 +49,11 @@ types: bootstrap
 	rm -rf build/lib build/bdist.* build/types
 	$(VENV)/python -m pip install -q --no-deps --target build/types .
 	cd build/types && ../../$(VENV)/mypy --config-file ../../pyproject.toml -p blockemu
+
+ROUNDS = 50
+fuzz-differential: bootstrap
+	BLOCKEMU_ROUNDS=$(ROUNDS) $(if $(SEED),BLOCKEMU_SEED=$(SEED)) \
+		$(VENV)/python -m pytest -q tests/e2e/test_differential.py $(ARGS)
 
 bench: bootstrap
 	$(VENV)/python -m benchmarks $(ARGS)
