@@ -119,3 +119,25 @@ def test_clusters_smaller_than_the_block_of_the_file_are_not_mapped(images: Imag
     images.create("small", MIB, cluster_size=512)
     images.files._direct_alignment = 4096
     assert images.open("small", direct=True).driver.direct_map() is None
+
+
+def test_users_of_a_shared_cluster_are_waited_for_before_it_moves(
+    images: Images, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("s")
+    QemuImg.create(folder / "image", MIB)
+    run_tool(["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 128k", folder / "image"])
+    run_tool(["qemu-img", "snapshot", "-c", "s", folder / "image"])
+    images.load("image", folder / "image")
+    disk = images.open("image")
+    direct = mapped(disk)
+    disk.read(0, 512)
+    pin = direct.pin()
+    task = disk.ctx.spawn(disk.node.pwritev(0, memoryview(b"new")))
+    disk.ctx.run(yield_now())
+    assert not task.done()
+    assert direct.lookup_read(0, 512) == -1
+    direct.unpin(pin)
+    while not task.done():
+        disk.ctx.poll(blocking=True)
+    task.result()

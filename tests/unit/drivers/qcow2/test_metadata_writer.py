@@ -197,3 +197,25 @@ def test_many_clusters_let_go_cause_a_flush_of_their_own(
     assert disk.driver.image.refcounts.used_end < 150
     disk.close()
     assert not Checker(image.content).leaks
+
+
+def test_reused_l2_table_shows_nothing_of_its_past(images: Images) -> None:
+    image = images.create("image", 16 * MIB, cluster_size=CLUSTER)
+    disk = images.open("image")
+    disk.write(0, b"x" * (20 * CLUSTER))
+    disk.close()
+    l1 = disk.driver.image.header.l1_table_offset
+    image.content[l1] &= 0x7F  # as if the table were shared: it is copied before it is changed
+    disk = images.open("image")
+    old = disk.driver.image.l1.words[0]
+    assert disk.read(0, 20 * CLUSTER) == b"x" * (20 * CLUSTER)
+    disk.ctx.run(disk.node.pdiscard(0, CLUSTER))
+    disk.flush()
+    for index in range(1, 8):
+        disk.write(index * 2 * MIB, b"z")
+    assert old in (word & ~(1 << 63) for word in disk.driver.image.l1.words[1:])
+    for index in range(1, 8):
+        assert disk.read(index * 2 * MIB, 20 * CLUSTER) == b"z" + bytes(20 * CLUSTER - 1)
+    disk.close()
+    judged = Checker(image.content)
+    assert (judged.corruptions, judged.leaks) == ([], [])

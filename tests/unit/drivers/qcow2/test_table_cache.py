@@ -123,3 +123,14 @@ def test_neighbours_are_merged_up_to_a_bound() -> None:
         (0, MERGE_MAX), (MERGE_MAX, MERGE_MAX),
     ]  # fmt: skip
     assert merge([(0, b"a"), (2, b"b")]) == [(0, b"a"), (2, b"b")]
+
+
+def test_slice_dropped_while_it_is_read_is_read_again(images: Images) -> None:
+    found = Fixture(images, 8)
+    found.image.latency_ns = lambda kind, offset, length: 1000
+    task = found.ctx.spawn(found.cache.load(0))
+    found.cache.drop(0, SLICE)  # the read is under way
+    while not task.done():
+        found.ctx.poll(blocking=True)
+    assert task.result().words[1] == 3
+    assert len(found.image.operations("read")) == 2
