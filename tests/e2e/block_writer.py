@@ -15,7 +15,16 @@ import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tests.e2e.raw_nbd import CMD_FLUSH, CMD_WRITE, FLAG_FUA, NBD_OK, RawNbd, Reply
+from tests.e2e.raw_nbd import (
+    CMD_FLUSH,
+    CMD_WRITE,
+    CMD_WRITE_ZEROES,
+    FLAG_FUA,
+    FLAG_NO_HOLE,
+    NBD_OK,
+    RawNbd,
+    Reply,
+)
 
 BLOCK_BYTES = 4096
 # Nothing promises that more than a sector is written whole or not at all.
@@ -24,20 +33,23 @@ READ_BLOCKS = 256
 RUN_BLOCKS_MAX = 32
 DEPTH = 16
 FLUSH_EVERY = 40
+FUA_SHARE = 0.05
+ZEROES_SHARE = 0.15
 
 
 def block_content(block: int, generation: int) -> bytes:
-    """What a block holds after its `generation`-th write; generation 0 is never written: zeroes."""
-    if generation == 0:
-        return bytes(BLOCK_BYTES)
+    """What a block holds after its `generation`-th write, if that wasn't one of zeroes."""
     return struct.pack(">QQ", block, generation) * (BLOCK_BYTES // 16)
 
 
-def sector_generations(block: int, content: bytes) -> list[int]:
-    """The generation of each sector of a block, all of whose bytes have to be what was written."""
+def sector_generations(block: int, content: bytes, *, zeroes: int) -> list[int]:
+    """The generation of each sector of a block; `zeroes` is the one that zeroes stand for."""
     found = []
     for start in range(0, BLOCK_BYTES, SECTOR_BYTES):
         sector = content[start : start + SECTOR_BYTES]
+        if not any(sector):
+            found.append(zeroes)
+            continue
         generation = int.from_bytes(sector[8:16], "big")
         expected = block_content(block, generation)[:SECTOR_BYTES]
         assert sector == expected, f"block {block} holds foreign bytes at {start}: {sector[:32]!r}"
@@ -61,6 +73,8 @@ class BlockWriter:
         self.sent = [0] * blocks
         self.acknowledged = [0] * blocks
         self.flushed = [0] * blocks
+        # Generations that were written as zeroes; 0 is what the block held before its first write.
+        self.zeroed: list[set[int]] = [{0} for _ in range(blocks)]
         self._rng = rng
         self._in_flight: dict[int, InFlight] = {}
 
@@ -98,13 +112,18 @@ class BlockWriter:
         for block in blocks:
             self.sent[block] += 1
         generations = [self.sent[block] for block in blocks]
-        pairs = zip(blocks, generations, strict=True)
-        data = b"".join(block_content(block, generation) for block, generation in pairs)
-        fua = self._rng.random() < 0.05
+        offset, length = blocks.start * BLOCK_BYTES, len(blocks) * BLOCK_BYTES
+        fua = self._rng.random() < FUA_SHARE
         flags = FLAG_FUA if fua else 0
-        cookie = client.send(
-            CMD_WRITE, blocks.start * BLOCK_BYTES, len(data), flags=flags, payload=data
-        )
+        if self._rng.random() < ZEROES_SHARE:
+            flags |= self._rng.choice([0, FLAG_NO_HOLE])
+            cookie = client.send(CMD_WRITE_ZEROES, offset, length, flags=flags)
+            for block in blocks:
+                self.zeroed[block].add(self.sent[block])
+        else:
+            pairs = zip(blocks, generations, strict=True)
+            data = b"".join(block_content(block, generation) for block, generation in pairs)
+            cookie = client.send(CMD_WRITE, offset, length, flags=flags, payload=data)
         self._in_flight[cookie] = InFlight(blocks, generations, fua)
 
     def _take_reply(self, client: RawNbd) -> None:
@@ -145,10 +164,12 @@ class BlockWriter:
             for index in range(count):
                 content = data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
                 block = start + index
-                generations = sector_generations(block, content)
-                assert at_least[block] <= min(generations), (
-                    f"block {block} lost generation {at_least[block]}: {generations}"
+                possible = range(at_least[block], self.sent[block] + 1)
+                zeroes = [generation for generation in possible if generation in self.zeroed[block]]
+                # Zeroes don't say when they were written: the oldest write of them that may be.
+                generations = sector_generations(block, content, zeroes=min(zeroes, default=0))
+                assert all(generation in possible for generation in generations), (
+                    f"block {block} holds {generations}, expected {possible}"
                 )
-                assert max(generations) <= self.sent[block], f"block {block}: {generations}"
                 found.append(min(generations))
         return found

@@ -22,7 +22,7 @@ import pytest
 
 from tests.e2e.conftest import Serve
 from tests.peers.libnbd import require_libnbd
-from tests.peers.qemu import QemuImg, QemuIo
+from tests.peers.qemu import QemuImg, QemuIo, run_tool
 from tests.peers.requirement import require_peer
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -30,6 +30,7 @@ ROUNDS = int(os.environ.get("BLOCKEMU_ROUNDS", "1"))
 RESTARTS = 3
 BATCHES = 30
 BATCH_OPERATIONS_MAX = 12
+SNAPSHOT = "before"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class Variant:
     # Format and length of each image below, from the one directly below down to the base.
     backing: tuple[tuple[str, int], ...] = ()
     cache: str = "writeback"
+    # How the image is filled before it is served: by qemu-img with compressed clusters, or by
+    # writes and then an internal snapshot, which leaves every cluster with two owners.
+    compressed: bool = False
+    snapshot: bool = False
 
 
 VARIANTS = {
@@ -55,6 +60,9 @@ VARIANTS = {
     "refcounts-64-bit": Variant(4 * MIB, 1 * KIB, {"refcount_bits": 64}),
     "lazy-refcounts": Variant(4 * MIB, 4 * KIB, {"lazy_refcounts": "on"}),
     "preallocated": Variant(4 * MIB, 32 * KIB, {"preallocation": "metadata"}),
+    "compressed": Variant(4 * MIB, 64 * KIB, compressed=True),
+    "snapshot": Variant(4 * MIB, 64 * KIB, snapshot=True),
+    "snapshot-small-clusters-direct": Variant(3 * MIB, 2 * KIB, snapshot=True, cache="direct"),
     "raw-base": Variant(6 * MIB, 64 * KIB, backing=(("raw", 6 * MIB),)),
     "short-raw-base": Variant(6 * MIB, 16 * KIB, backing=(("raw", 3 * MIB + 777),)),
     "long-qcow2-base-direct": Variant(
@@ -67,6 +75,18 @@ VARIANTS = {
         4 * MIB, 16 * KIB, {"compat": "0.10"}, backing=(("qcow2", 3 * MIB),)
     ),
 }
+
+
+def scribble(image: Path, content: bytearray, rng: random.Random) -> None:
+    """Some writes of data and of zeroes by qemu-io."""
+    commands = []
+    for value in range(1, 9):
+        offset = rng.randrange(len(content))
+        count = min(rng.randrange(1, 300_000), len(content) - offset)
+        zero = rng.random() < 0.3
+        commands.append(f"write {'-z' if zero else f'-P {value}'} {offset} {count}")
+        content[offset : offset + count] = bytes([0 if zero else value]) * count
+    QemuIo(image, fmt="qcow2").run(*commands)
 
 
 def make_chain(folder: Path, variant: Variant, rng: random.Random) -> tuple[Path, bytearray]:
@@ -82,20 +102,22 @@ def make_chain(folder: Path, variant: Variant, rng: random.Random) -> tuple[Path
         else:
             base, base_fmt = below or (None, None)
             QemuImg.create(image, length, backing=base, backing_fmt=base_fmt)
-            commands = []
-            for value in range(1, 9):
-                offset = rng.randrange(length)
-                count = min(rng.randrange(1, 300_000), length - offset)
-                zero = rng.random() < 0.3
-                commands.append(f"write {'-z' if zero else f'-P {value}'} {offset} {count}")
-                content[offset : offset + count] = bytes([0 if zero else value]) * count
-            QemuIo(image, fmt="qcow2").run(*commands)
+            scribble(image, content, rng)
         below = image, fmt
     top = folder / "top.qcow2"
     options = {"cluster_size": variant.cluster_bytes, **variant.options}
     base, base_fmt = below or (None, None)
     QemuImg.create(top, variant.size_bytes, options=options, backing=base, backing_fmt=base_fmt)
-    return top, content[: variant.size_bytes].ljust(variant.size_bytes, b"\0")
+    content = content[: variant.size_bytes].ljust(variant.size_bytes, b"\0")
+    if variant.compressed:
+        source = folder / "source.qcow2"
+        QemuImg.create(source, variant.size_bytes)
+        scribble(source, content, rng)
+        run_tool(["qemu-img", "convert", "-c", "-f", "qcow2", "-O", "qcow2", source, top])
+    if variant.snapshot:
+        scribble(top, content, rng)
+        run_tool(["qemu-img", "snapshot", "-c", SNAPSHOT, top])
+    return top, content
 
 
 class Driver:
@@ -218,6 +240,7 @@ def test_qcow2_agrees_with_a_plain_model(
     variant = VARIANTS[name]
     rng = random.Random(f"{random_seed}-{name}-{turn}")
     image, model = make_chain(direct_dir, variant, rng)
+    before = bytes(model)
     driver = Driver(require_libnbd(), model, variant, rng)
     for _ in range(RESTARTS):
         with serve(image, fmt="qcow2", cache=variant.cache) as server:
@@ -231,3 +254,7 @@ def test_qcow2_agrees_with_a_plain_model(
     reference = direct_dir / "model.raw"
     reference.write_bytes(model)
     QemuImg.compare(image, reference, one_fmt="qcow2")
+    if variant.snapshot:
+        reference.write_bytes(before)
+        run_tool(["qemu-img", "snapshot", "-a", SNAPSHOT, image])
+        QemuImg.compare(image, reference, one_fmt="qcow2")
