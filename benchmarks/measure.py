@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.contestants import Stand
 from benchmarks.cpu_clock import process_cpu_ns
@@ -18,6 +18,8 @@ from benchmarks.workloads import Setting, Workload
 from tests.peers.fio import Fio
 from tests.peers.process import ServerFailed
 from tests.peers.qemu import ToolFailed
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class Sample:
         return asdict(self)
 
 
-def rotated(stands: Sequence[Stand], turn: int) -> list[Stand]:
+def rotated(stands: Sequence[T], turn: int) -> list[T]:
     """The order of round `turn`: nobody always runs after the same neighbour's leftovers."""
     shift = turn % len(stands)
     return [*stands[shift:], *stands[:shift]]
