@@ -38,14 +38,24 @@ def qemu_img() -> None:
     require_peer("qemu-img")
 
 
-def serve_and_end(*words: str | Path, socket_path: Path | None) -> ToolResult:
+def bound_by_file_modes() -> list[str]:
+    """What to put before a command so that file modes count for it, even for root."""
+    if os.geteuid() != 0:
+        return []
+    require_peer("setpriv")
+    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--"]
+
+
+def serve_and_end(
+    *words: str | Path, socket_path: Path | None, before: Sequence[str] = ()
+) -> ToolResult:
     """Run ``blockemu serve`` with a command line that has to be refused."""
     command: list[str | Path] = [sys.executable, "-m", "blockemu", "serve", *words]
     if socket_path is not None:
         command += ["--socket", socket_path]
     if shutil.which("prlimit") is not None:
         command[:0] = ["prlimit", f"--as={ADDRESS_SPACE_BYTES}", "--"]
-    return run_tool(command, check=False, timeout_s=30)
+    return run_tool([*before, *command], check=False, timeout_s=30)
 
 
 def assert_refused(result: ToolResult, name: str, reason: str) -> None:
@@ -92,27 +102,29 @@ def test_directory_as_image_is_refused(tmp_path: Path, socket_path: Path) -> Non
 
 
 def test_unreadable_image_is_named(tmp_path: Path, socket_path: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may read everything")
     image = tmp_path / "secret.raw"
     image.write_bytes(bytes(MIB))
     image.chmod(0)
-    result = serve_and_end("-f", "raw", image, socket_path=socket_path)
+    result = serve_and_end(
+        "-f", "raw", image, socket_path=socket_path, before=bound_by_file_modes()
+    )
     assert_refused(result, str(image), "permission denied")
 
 
 def test_read_only_file_is_refused_for_writing_and_served_for_reading(
     tmp_path: Path, socket_path: Path
 ) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may write everything")
     image = tmp_path / "fixed.raw"
     image.write_bytes(bytes(MIB))
     image.chmod(0o400)
-    result = serve_and_end("-f", "raw", image, socket_path=socket_path)
+    result = serve_and_end(
+        "-f", "raw", image, socket_path=socket_path, before=bound_by_file_modes()
+    )
     assert_refused(result, str(image), "permission denied")
-    with BlockemuDaemon(image, fmt="raw", socket_path=socket_path, read_only=True):
-        pass
+    daemon = BlockemuDaemon(image, fmt="raw", socket_path=socket_path, read_only=True)
+    daemon.command[:0] = bound_by_file_modes()
+    with daemon:
+        assert QemuImg.info(daemon.uri)["virtual-size"] == MIB
 
 
 @pytest.mark.parametrize("fmt", ["raw", "qcow2"])
