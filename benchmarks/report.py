@@ -15,7 +15,8 @@ INTRODUCTION = """\
 # Performance
 
 How fast blockemu is beside the servers that do the same job, and what that costs in processor
-time. `make bench` runs all of it and writes this page; the numbers below are one run of it.
+time. The numbers are one run of `make bench ARGS='--markdown docs/performance.md'` on a machine
+with nothing else to do.
 
 How it is measured: fio's nbd engine over a unix socket, each server with its own copy of the same
 image, every block of it written. The servers take turns within a round, in rotated order,
