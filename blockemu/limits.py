@@ -56,6 +56,14 @@ class Limits:
     """Request data of one connection that is held in memory: being read, being written, or not sent
     yet. Two requests of the largest size, so that one can be sent while the next is read."""
 
+    unsent_bytes_max: int = 4 * MIB
+    """Replies that may wait for a client that is slow to take them before no more of its requests
+    are begun. Enough that the disk has work while a batch of large replies is on its way; little
+    enough that a client that never reads costs little."""
+
+    unsent_parts_max: int = 512
+    """The same bound for small replies, counted in heads and payloads."""
+
     round_requests_max: int = 128
     """Requests of one connection begun in one round of the loop, after which others get their turn.
     At 10 us each a neighbour waits for about a millisecond."""

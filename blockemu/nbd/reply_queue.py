@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 EARLY_REPLY_BYTES = 128 * 1024
 """Queued bytes that are sent without waiting for the end of the round."""
 
+EARLY_REPLY_PARTS = 16
+"""The same for replies that end one by one, in heads and payloads: the client sends its next
+requests while we answer the rest, and the disk doesn't run dry at the end of each batch."""
+
 PARTS_MAX = min(os.sysconf("SC_IOV_MAX"), 1024)
 """Pieces that one sendmsg may gather. Linux takes 1024."""
 

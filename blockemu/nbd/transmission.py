@@ -13,7 +13,7 @@ What bounds a client (limits.py has the numbers):
 
 - Requests in flight, and the bytes of theirs that are in memory. At the bound the socket isn't read
   until they fall; the client waits in its own `send`.
-- A client that doesn't read its replies gets no more requests read: its replies can't pile up.
+- A client that doesn't read its replies: when a few MiB of them wait, no more requests are begun.
 - Work in one round of the loop, after which the loop's other connections get their turn.
 
 What ends a connection, and how. *Finishing* (DISC, the client's end of stream, a broken rule, the
@@ -40,7 +40,7 @@ from blockemu.nbd.protocol import (
     SIMPLE_REPLY_OK,
     NbdError,
 )
-from blockemu.nbd.reply_queue import EARLY_REPLY_BYTES, ReplyQueue
+from blockemu.nbd.reply_queue import EARLY_REPLY_BYTES, EARLY_REPLY_PARTS, ReplyQueue
 from blockemu.nbd.request import READ, WITH_DATA, Request
 
 if TYPE_CHECKING:
@@ -190,13 +190,23 @@ class Connection:
 
     @property
     def stopped(self) -> bool:
-        """No request may begin: replies can't leave, or the connection is over."""
-        return self._blocked or self._state is not State.OPEN
+        """No request may begin: too many replies can't leave, or the connection is over."""
+        return self._backed_up() or self._state is not State.OPEN
+
+    def _backed_up(self) -> bool:
+        """The client doesn't take its replies, and what waits for it has reached its bound."""
+        if not self._blocked:
+            return False
+        replies, limits = self.replies, self.limits
+        return (
+            replies.bytes_held >= limits.unsent_bytes_max
+            or len(replies.parts) >= limits.unsent_parts_max
+        )
 
     def go_on(self) -> None:
         """Begin the requests that have arrived, as far as the bounds let us."""
         if self._state is State.OPEN:
-            self._pause(self._blocked or self.export.quiet or self._intake.parse())
+            self._pause(self._backed_up() or self.export.quiet or self._intake.parse())
             if self.replies.parts:
                 self.send_later()
 
@@ -216,7 +226,7 @@ class Connection:
 
     def _set_interest(self) -> None:
         """Tell the loop what this connection waits for."""
-        reading = self._state is State.OPEN and not self._paused and not self._blocked
+        reading = self._state is State.OPEN and not self._paused
         writing = self._blocked and self._state is not State.CLOSED
         self.ctx.set_fd_handler(
             self._fd,
@@ -248,10 +258,11 @@ class Connection:
             self._drop_if_answered()
 
     def send_later(self) -> None:
-        """Replies were queued: see that they leave; at once, if they are many bytes."""
+        """Replies were queued: see that they leave; at once, if they are many."""
         if self._blocked:
             return
-        if self.replies.bytes_held >= EARLY_REPLY_BYTES:
+        replies = self.replies
+        if replies.bytes_held >= EARLY_REPLY_BYTES or len(replies.parts) >= EARLY_REPLY_PARTS:
             self.send()
         elif not self._flush_deferred:
             self._flush_deferred = True

@@ -15,7 +15,7 @@ from blockemu.loop import linux_aio
 from blockemu.loop._libaio import lib
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.buffers import Buffer
-from blockemu.loop.linux_aio import IO_CMD_PREAD, LinuxAio
+from blockemu.loop.linux_aio import AIO_MAX_BATCH, IO_CMD_PREAD, LinuxAio
 
 BLOCK = 4096
 
@@ -120,9 +120,22 @@ def test_requests_of_a_round_leave_in_one_submit(
 ) -> None:
     aio = LinuxAio(ctx)
     results: list[int] = []
-    read_blocks(aio, fd, range(32), results.append)
-    poll_until(ctx, lambda: len(results) == 32)
+    read_blocks(aio, fd, range(AIO_MAX_BATCH), results.append)
+    poll_until(ctx, lambda: len(results) == AIO_MAX_BATCH)
     assert library.submits == 1
+    aio.close()
+
+
+def test_a_full_batch_leaves_before_the_round_ends(
+    ctx: AioContext, fd: int, library: CountingLibrary
+) -> None:
+    aio = LinuxAio(ctx)
+    results: list[int] = []
+    read_blocks(aio, fd, range(2 * AIO_MAX_BATCH + 1), results.append)
+    assert library.submits == 2
+    assert results == []
+    poll_until(ctx, lambda: len(results) == 2 * AIO_MAX_BATCH + 1)
+    assert library.submits == 3
     aio.close()
 
 

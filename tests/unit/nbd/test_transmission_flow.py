@@ -11,6 +11,7 @@ import pytest
 from blockemu.limits import Limits
 from blockemu.loop.aio_context import AioContext
 from blockemu.nbd.protocol import SIMPLE_REPLY, Command
+from blockemu.nbd.socket_options import tune
 from tests.unit.nbd.client import header
 from tests.unit.nbd.conftest import DISK_BYTES, Serve, Served
 
@@ -105,6 +106,7 @@ def test_big_replies_leave_before_the_end_of_the_round(
         return start_read(offset, view, done)  # type: ignore[arg-type]
 
     monkeypatch.setattr(file, "start_read", spy)
+    tune(served.connection._sock)
     served.client.send(reads(3, 128 * KIB))
     for _ in range(3):
         served.client.reply(128 * KIB)
@@ -183,7 +185,7 @@ def test_a_client_that_leaves_its_replies_unread_is_not_read(serve: Serve, mappe
         if i > 10 and not mapped:
             assert not served.backend.waiting
     # What was in flight when the socket filled up may still be answered; no more.
-    assert max(held) <= Limits().round_bytes_max + 64 * KIB
+    assert max(held) <= Limits().unsent_bytes_max + Limits().round_bytes_max
     assert held[-1] == held[20]
     calls = len(served.backend.calls) + len(served.backend.file.calls)
     served.client.rounds(50)
