@@ -50,6 +50,7 @@ class Intake:
         "_refusal",
         "_sock",
         "_spare",
+        "done_with",
     )
 
     def __init__(self, connection: Connection, sock: socket.socket) -> None:
@@ -61,13 +62,15 @@ class Intake:
         self._refusal = b""
         # Lends its callback to host I/O; becomes a request in flight only if that stays pending.
         self._spare = Request(connection)
+        self.done_with: list[Request] = []
+        """Requests of pending host I/O that are over, to be used again."""
 
     def forget(self) -> None:
         """Nothing more will be read: let go of a payload that is half there."""
         self._received.forget()
         request, self._payload_request = self._payload_request, None
         if request is not None:
-            self._connection.release(request)
+            self._connection.forget_request(request)
 
     def receive(self) -> bool:
         """Read the socket once. True when there may be something to parse now."""
@@ -118,7 +121,8 @@ class Intake:
             lookup_read, lookup_write = direct_map.lookup_read, direct_map.lookup_write
             file = direct_map.file
             start_read, start_write = file.start_read, file.start_write
-            if not file.writes_inline or file.memory_alignment > 1 or connection.export.read_only:
+            in_place = file.writes_inline and file.memory_alignment == 1
+            if connection.export.read_only:
                 plain_write = -1
 
         while end - position >= HEADER_BYTES:
@@ -161,16 +165,29 @@ class Intake:
             elif word == plain_write:
                 payload_at = position + HEADER_BYTES
                 after = payload_at + length
-                if (
-                    payload_at < after <= end
-                    and (host := lookup_write(offset, length)) >= 0
-                    and start_write(host, view[payload_at:after], spare_done) == length
-                ):
-                    position = after
-                    budget -= length + request_cost
-                    add_part(SIMPLE_REPLY_OK + cookie)
-                    replies.bytes_held += REPLY_BYTES
-                    continue
+                if payload_at < after <= end and (host := lookup_write(offset, length)) >= 0:
+                    payload = view[payload_at:after]
+                    if not in_place:
+                        buffer = take(length)
+                        target = buffer.view[:length]
+                        target[:] = payload
+                        payload = target
+                    result = start_write(host, payload, spare_done)
+                    if result is None:
+                        position = after
+                        budget -= length + request_cost
+                        self._spare.describe(WRITE, 0, cookie, offset=offset, length=length)
+                        spare_done = self._pend(buffer, direct_map)
+                        room = connection.room()
+                        continue
+                    if not in_place:
+                        give(buffer)
+                    if result == length:
+                        position = after
+                        budget -= length + request_cost
+                        add_part(SIMPLE_REPLY_OK + cookie)
+                        replies.bytes_held += REPLY_BYTES
+                        continue
             received.start = position
             if not self._begin(word, cookie, offset, length):
                 break
@@ -184,14 +201,15 @@ class Intake:
         return False
 
     def _pend(self, buffer: Buffer, direct_map: DirectMap | None) -> Callable[[int], None]:
-        """The spare request's host read is pending: it is in flight from now on. Returns the
+        """The spare request's host I/O is pending: it is in flight from now on. Returns the
         callback of the next spare."""
         assert direct_map is not None
         request = self._spare
         request.buffer = buffer
         request.map, request.pin = direct_map, direct_map.pin()
         self._connection.admit(request)
-        self._spare = Request(self._connection)
+        done_with = self.done_with
+        self._spare = done_with.pop() if done_with else Request(self._connection)
         return self._spare.done
 
     def _begin(self, word: int, cookie: bytes, offset: int, length: int) -> bool:

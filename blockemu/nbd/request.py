@@ -129,6 +129,7 @@ class Request:
         self.map = self.pin = None
         if result == self.length:
             self.connection.finish_request(self, NbdError.NBD_SUCCESS)
+            self.connection.intake.done_with.append(self)
         else:
             self.connection.ctx.spawn(self.serve())
 

@@ -76,7 +76,6 @@ class Connection:
         "_flush_deferred",
         "_in_flight",
         "_in_flight_bytes",
-        "_intake",
         "_linger",
         "_on_closed",
         "_paused",
@@ -85,6 +84,7 @@ class Connection:
         "_state",
         "ctx",
         "export",
+        "intake",
         "limits",
         "pool",
         "replies",
@@ -93,7 +93,7 @@ class Connection:
     # What `start` makes, because it belongs to the home thread.
     pool: BufferPool
     replies: ReplyQueue
-    _intake: Intake
+    intake: Intake
     _continue_bh: BH
     _linger: Timer
 
@@ -137,7 +137,7 @@ class Connection:
         self.ctx.assert_home()
         self.pool = self.ctx.buffers
         self.replies = ReplyQueue(self._sock, self.pool)
-        self._intake = Intake(self, self._sock)
+        self.intake = Intake(self, self._sock)
         self._continue_bh = self.ctx.new_bh(self.go_on, name="nbd-continue")
         self._linger = self.ctx.new_timer(self._linger_over)
         self.export.connections.add(self)
@@ -154,7 +154,7 @@ class Connection:
             return
         log.debug("%r: finishing: %s", self, reason)
         self._state = State.FINISHING
-        self._intake.forget()
+        self.intake.forget()
         self._set_interest()
         self._linger.arm(self.ctx.now_ns() + self.limits.close_linger_ns)
         self._drop_if_answered()
@@ -168,7 +168,7 @@ class Connection:
         self._set_interest()
         self._linger.cancel()
         self._continue_bh.delete()
-        self._intake.forget()
+        self.intake.forget()
         self.replies.clear()
         self._sock.close()
         self.export.connections.discard(self)
@@ -206,7 +206,7 @@ class Connection:
     def go_on(self) -> None:
         """Begin the requests that have arrived, as far as the bounds let us."""
         if self._state is State.OPEN:
-            self._pause(self._backed_up() or self.export.quiet or self._intake.parse())
+            self._pause(self._backed_up() or self.export.quiet or self.intake.parse())
             if self.replies.parts:
                 self.send_later()
 
@@ -236,7 +236,7 @@ class Connection:
         )
 
     def _on_readable(self) -> None:
-        if self._intake.receive():
+        if self.intake.receive():
             self.go_on()
 
     # --- replies ---
@@ -291,32 +291,35 @@ class Connection:
         return held + length > self.limits.in_flight_bytes_max
 
     def admit(self, request: Request) -> None:
-        """`request` is in flight from now on, until `finish_request` or `release`."""
+        """`request` is in flight from now on, until `finish_request` or `forget_request`."""
         self._in_flight += 1
         self._in_flight_bytes += request.bytes_held
 
-    def release(self, request: Request) -> None:
-        """`request` is in flight no more; its buffer goes back."""
+    def forget_request(self, request: Request) -> None:
+        """`request` is in flight no more, and gets no answer; its buffer goes back."""
         assert self._in_flight > 0
         self._in_flight -= 1
         self._in_flight_bytes -= request.bytes_held
-        if request.buffer is not None:
-            self.pool.give(request.buffer)
-            request.buffer = None
+        buffer, request.buffer = request.buffer, None
+        if buffer is not None:
+            self.pool.give(buffer)
 
     def finish_request(self, request: Request, error: NbdError) -> None:
         """The request is over: queue its reply, and let go of what it held."""
         if self._state is State.CLOSED:
-            self.release(request)
+            self.forget_request(request)
             self._closed_if_idle()
             return
+        replies = self.replies
         if error:
-            self.replies.add(SIMPLE_REPLY.pack(NBD_SIMPLE_REPLY_MAGIC, error, request.cookie))
+            replies.add(SIMPLE_REPLY.pack(NBD_SIMPLE_REPLY_MAGIC, error, request.cookie))
         elif request.command == READ and request.buffer is not None:
             buffer, request.buffer = request.buffer, None
-            self.replies.add_data(SIMPLE_REPLY_OK + request.cookie, buffer, request.length)
+            replies.add_data(SIMPLE_REPLY_OK + request.cookie, buffer, request.length)
         else:
-            self.replies.add(SIMPLE_REPLY_OK + request.cookie)
-        self.release(request)
-        self.send_later()
-        self.resume()
+            replies.add(SIMPLE_REPLY_OK + request.cookie)
+        self.forget_request(request)
+        if not self._flush_deferred or len(replies.parts) >= EARLY_REPLY_PARTS:
+            self.send_later()
+        if self._paused:
+            self.resume()

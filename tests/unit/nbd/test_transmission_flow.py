@@ -170,7 +170,7 @@ def test_a_client_that_floods_is_not_read(serve: Serve, mapped: bool) -> None:
         served.client.send_some(write * 200)
         served.client.rounds()
     assert len(backend.waiting) + len(file.pending) == 4
-    assert served.connection._intake._received.end <= 512 * KIB
+    assert served.connection.intake._received.end <= 512 * KIB
 
 
 @both_paths
