@@ -156,7 +156,7 @@ class Intake:
                         continue
                     if result is None:
                         position += HEADER_BYTES
-                        budget -= length + request_cost
+                        budget -= request_cost  # its bytes aren't moved in this round
                         self._spare.describe(READ, 0, cookie, offset=offset, length=length)
                         spare_done = self._pend(buffer, direct_map)
                         room = connection.room()
@@ -174,6 +174,7 @@ class Intake:
                         payload = target
                     result = start_write(host, payload, spare_done)
                     if result is None:
+                        assert not in_place, "writes_inline was promised"
                         position = after
                         budget -= length + request_cost
                         self._spare.describe(WRITE, 0, cookie, offset=offset, length=length)

@@ -310,15 +310,21 @@ class Connection:
             self.forget_request(request)
             self._closed_if_idle()
             return
-        replies = self.replies
+        length, buffer, replies = request.length, request.buffer, self.replies
+        self._in_flight -= 1
+        if request.command in WITH_DATA:
+            self._in_flight_bytes -= length
         if error:
             replies.add(SIMPLE_REPLY.pack(NBD_SIMPLE_REPLY_MAGIC, error, request.cookie))
-        elif request.command == READ and request.buffer is not None:
-            buffer, request.buffer = request.buffer, None
-            replies.add_data(SIMPLE_REPLY_OK + request.cookie, buffer, request.length)
+        elif request.command == READ and buffer is not None:
+            request.buffer = None
+            replies.add_data(SIMPLE_REPLY_OK + request.cookie, buffer, length)
+            buffer = None
         else:
             replies.add(SIMPLE_REPLY_OK + request.cookie)
-        self.forget_request(request)
+        if buffer is not None:
+            request.buffer = None
+            self.pool.give(buffer)
         if not self._flush_deferred or len(replies.parts) >= EARLY_REPLY_PARTS:
             self.send_later()
         if self._paused:
