@@ -13,25 +13,41 @@ from typing import Any
 
 from blockemu.drivers.errors import ImageError
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)([bkmgtpe]?)", re.IGNORECASE)
-_SUFFIX_BITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
+SIZE_MAX = 2**63 - 1
+"""Offsets are signed 64-bit numbers all the way down to the kernel."""
+
+_SUFFIXES = "BKMGTPE"
+_DECIMAL = re.compile(r"\s*(\d+)(?:\.(\d*))?([BKMGTPE]?)", re.IGNORECASE | re.ASCII)
+_HEXADECIMAL = re.compile(r"\s*0x([0-9a-f]+)", re.IGNORECASE | re.ASCII)
 _REQUIRED = object()
 
 
 def parse_size(text: str) -> int:
-    """`1048576`, `64k`, `1.5G`: bytes, with binary suffixes b k m g t p e in either case.
+    """The number of bytes that `text` says, by qemu-img's rules.
 
+    Digits, then one of B K M G T P E (powers of 1024, either case) or nothing for bytes. A fraction
+    goes with a suffix other than B (`1.5G`), and what is less than a byte is cut off. Hexadecimal
+    (0x...) goes without a suffix.
     Raises: ValueError, with a sentence.
     """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"'{text}' is not a size such as 512, 64k or 10G")
-    number, suffix = match.groups()
-    factor = 1 << _SUFFIX_BITS[suffix.lower()]
-    size = int(number) * factor if number.isdigit() else int(float(number) * factor)
-    if size > 2**63 - 1:
-        raise ValueError(f"'{text}' is more than the largest size, 2^63 - 1 bytes")
-    return size
+    if found := _HEXADECIMAL.fullmatch(text):
+        size_bytes = int(found[1], 16)
+    elif found := _DECIMAL.fullmatch(text):
+        scale = 1024 ** _SUFFIXES.index((found[3] or "B").upper())
+        fraction = found[2] or ""
+        if scale == 1 and fraction.strip("0"):
+            raise ValueError(f"'{text}' is not a size: there is no fraction of a byte")
+        size_bytes = int(found[1]) * scale
+        if fraction:
+            size_bytes += int(fraction) * scale // 10 ** len(fraction)
+    else:
+        raise ValueError(
+            f"'{text}' is not a size: a number, and one of the suffixes k, M, G, T, P and E "
+            "for kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes"
+        )
+    if size_bytes > SIZE_MAX:
+        raise ValueError(f"'{text}' is too large: a size is between 0 and {SIZE_MAX}")
+    return size_bytes
 
 
 def take_size(

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.options import parse_size
 from blockemu.drivers.registry import Opener
 from blockemu.img.options import OptionValue, format_options, formatting_line, parse_options
-from blockemu.img.size import parse_size
 from blockemu.jobs.create import CreateJob, NewImage
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.host_file import FileEngine, PosixFiles

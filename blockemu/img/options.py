@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from blockemu.drivers.errors import ImageError
-from blockemu.img.size import parse_size
+from blockemu.drivers.options import parse_size
 
 OptionValue = str | int | bool
 
