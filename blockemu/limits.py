@@ -74,6 +74,11 @@ class Limits:
     close_linger_ns: int = 5 * SECOND_NS
     """After DISC or at shutdown, the time that a client has to take the replies that it is owed."""
 
+    close_silence_ns: int = SECOND_NS // 4
+    """When the server has hung up, the time after which a client that sends nothing and doesn't
+    close either is left. Real clients close as soon as they see the end of the stream, but an idle
+    one may not look. Longer than most round trips; what such clients may add to a shutdown."""
+
     accepts_per_round_max: int = 16
     """Connections accepted in one round of the main loop, so that a flood of them leaves it time
     for everything else."""

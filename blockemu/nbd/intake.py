@@ -83,7 +83,7 @@ class Intake:
             connection.drop(f"receive failed: {error.strerror}")
             return False
         if not length:
-            connection.finish("end of stream")
+            connection.finish("end of stream", by_client=True)
             return False
         if received.expecting or received.discard_left:
             return False
@@ -95,6 +95,15 @@ class Intake:
             request, self._payload_request = self._payload_request, None
             self._start_write(request)
         return True
+
+    def throw_away(self) -> bool:
+        """Drop what has arrived: nobody will answer it. False when the client has closed."""
+        try:
+            return self._sock.recv_into(self._received.data) > 0
+        except (BlockingIOError, InterruptedError):
+            return True
+        except OSError:
+            return False
 
     def parse(self) -> bool:
         """Begin requests until a bound stops us: True, or there is no whole one left: False.
@@ -221,7 +230,7 @@ class Intake:
             connection.finish("bad request magic")
             return False
         if command == DISC:
-            connection.finish("the client's wish")
+            connection.finish("the client's wish", by_client=True)
             return False
         error = check(
             connection.export, connection.limits, command, flags, offset=offset, length=length

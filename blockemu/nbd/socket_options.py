@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a client's socket is told before it is used."""
+"""What a client's socket is told before it is used, and asked before it is closed."""
 
 from __future__ import annotations
 
@@ -26,3 +26,18 @@ def tune(sock: socket.socket) -> None:
             sock.setsockopt(socket.SOL_SOCKET, asked, BUFFER_BYTES)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def may_lose_data(sock: socket.socket) -> bool:
+    """Whether closing `sock` now may destroy what was sent on it.
+
+    It does where input lies unread or arrives later: TCP then resets the connection, and takes back
+    what the peer hasn't acknowledged. A unix socket's peer keeps what it was sent, but is told of
+    an error when it next sends, and might not look at it.
+    """
+    if sock.family != socket.AF_UNIX:
+        return True
+    try:
+        return bool(sock.recv(1, socket.MSG_PEEK))
+    except OSError:
+        return False

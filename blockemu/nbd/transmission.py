@@ -17,10 +17,13 @@ What bounds a client (limits.py has the numbers):
 - Work in one round of the loop, after which the loop's other connections get their turn.
 
 What ends a connection, and how. *Finishing* (DISC, the client's end of stream, a broken rule, the
-server's shutdown): nothing more is read; what is in flight is answered; then the socket is closed,
-and at the latest when the linger time is over. *Dropping* (the peer is gone, or that time is over):
-the socket is closed now, and requests in flight finish in the background. Either way `on_closed`
-comes last, when nothing of the connection is left.
+server's shutdown): nothing more is begun; what is in flight is answered; then the socket is closed,
+and at the latest when the linger time is over. A client that didn't ask for the end may still be
+sending. Closing a socket with unread input resets the connection, which destroys the replies that
+are on their way; so we then only *hang up* our half, and throw away what comes until the client
+has seen it and closes, or falls silent. *Dropping* (the peer is gone, or that time is over): the
+socket is closed now, and requests in flight finish in the background. Either way `on_closed` comes
+last, when nothing of the connection is left.
 
 Replies of 128 KiB and more leave at once instead of at the end of the round: the client then copies
 one while we read the next. Waiting until a batch of big replies is ready starves it.
@@ -31,6 +34,7 @@ from __future__ import annotations
 import enum
 import logging
 from collections.abc import Callable
+from socket import SHUT_WR
 from typing import TYPE_CHECKING
 
 from blockemu.nbd.intake import Intake
@@ -42,6 +46,7 @@ from blockemu.nbd.protocol import (
 )
 from blockemu.nbd.reply_queue import EARLY_REPLY_BYTES, EARLY_REPLY_PARTS, ReplyQueue
 from blockemu.nbd.request import READ, WITH_DATA, Request
+from blockemu.nbd.socket_options import may_lose_data
 
 if TYPE_CHECKING:
     import socket
@@ -60,6 +65,7 @@ class State(enum.Enum):
 
     OPEN = "open"
     FINISHING = "finishing"
+    HUNG_UP = "hung up"
     CLOSED = "closed"
 
 
@@ -71,7 +77,9 @@ class Connection:
 
     __slots__ = (
         "_blocked",
+        "_client_may_send",
         "_continue_bh",
+        "_deadline_ns",
         "_fd",
         "_flush_deferred",
         "_in_flight",
@@ -126,6 +134,9 @@ class Connection:
         # Requests have arrived that wait for a bound to fall, their turn, or a drained section.
         self._paused = False
         self._flush_deferred = False
+        # While finishing: it hasn't said that it is done, and something is on its way.
+        self._client_may_send = False
+        self._deadline_ns = 0
 
     def __repr__(self) -> str:
         return f"nbd client {self._peer or self._fd} of '{self.export.name}'"
@@ -147,17 +158,26 @@ class Connection:
         """Answer what is in flight, then close: `on_closed` tells when. May be called again."""
         self.finish("closed by the server")
 
-    def finish(self, reason: str) -> None:
-        """Read no more; go when everything that is owed has been sent."""
+    def finish(self, reason: str, *, by_client: bool = False) -> None:
+        """Begin no more; go when everything that is owed has been sent.
+
+        `by_client`: it has said that it won't send any more.
+        """
         self.ctx.assert_home()
         if self._state is not State.OPEN:
             return
         log.debug("%r: finishing: %s", self, reason)
         self._state = State.FINISHING
         self.intake.forget()
+        self._client_may_send = not by_client and self._is_busy()
         self._set_interest()
-        self._linger.arm(self.ctx.now_ns() + self.limits.close_linger_ns)
-        self._drop_if_answered()
+        self._deadline_ns = self.ctx.now_ns() + self.limits.close_linger_ns
+        self._linger.arm(self._deadline_ns)
+        self._leave_if_answered()
+
+    def _is_busy(self) -> bool:
+        """Something is owed, or on its way in either direction, as far as one can tell."""
+        return self._in_flight > 0 or bool(self.replies.parts) or may_lose_data(self._sock)
 
     def drop(self, reason: str) -> None:
         """Close the socket now. What is in flight ends in the background."""
@@ -177,9 +197,34 @@ class Connection:
     def _linger_over(self) -> None:
         self.drop("linger time is over")
 
-    def _drop_if_answered(self) -> None:
+    def _leave_if_answered(self) -> None:
         if self._state is State.FINISHING and not self._in_flight and not self.replies.parts:
-            self.drop("all answered")
+            if self._client_may_send:
+                self._hang_up()
+            else:
+                self.drop("all answered")
+
+    def _hang_up(self) -> None:
+        """The client gets an end of stream behind its replies; until it closes, we listen."""
+        self._state = State.HUNG_UP
+        try:
+            self._sock.shutdown(SHUT_WR)
+        except OSError as error:
+            self.drop(f"hanging up failed: {error.strerror}")
+            return
+        self._set_interest()
+        self._wait_for_silence()
+
+    def _wait_for_silence(self) -> None:
+        silent_ns = self.ctx.now_ns() + self.limits.close_silence_ns
+        self._linger.arm(min(silent_ns, self._deadline_ns))
+
+    def _throw_away(self) -> None:
+        """The socket is readable though we have hung up."""
+        if self.intake.throw_away():
+            self._wait_for_silence()
+        else:
+            self.drop("hung up")
 
     def _closed_if_idle(self) -> None:
         if self._state is State.CLOSED and not self._in_flight and self._on_closed is not None:
@@ -226,11 +271,15 @@ class Connection:
 
     def _set_interest(self) -> None:
         """Tell the loop what this connection waits for."""
-        reading = self._state is State.OPEN and not self._paused
+        on_readable: Callable[[], None] | None = None
+        if self._state is State.OPEN and not self._paused:
+            on_readable = self._on_readable
+        elif self._state is State.HUNG_UP:
+            on_readable = self._throw_away
         writing = self._blocked and self._state is not State.CLOSED
         self.ctx.set_fd_handler(
             self._fd,
-            read=self._on_readable if reading else None,
+            read=on_readable,
             write=self.send if writing else None,
             external=True,
         )
@@ -255,7 +304,7 @@ class Connection:
             self._set_interest()
         if not blocked:
             self.resume()
-            self._drop_if_answered()
+            self._leave_if_answered()
 
     def send_later(self) -> None:
         """Replies were queued: see that they leave; at once, if they are many."""

@@ -53,6 +53,14 @@ class Served:
 Serve = Callable[..., Served]
 
 
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a TCP connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        theirs = socket.create_connection(listener.getsockname())
+        ours, _ = listener.accept()
+    return ours, theirs
+
+
 @pytest.fixture
 def serve(ctx: AioContext) -> Iterator[Serve]:
     """Start a connection on a fake backend; at the end all must go without a trace."""
@@ -66,8 +74,9 @@ def serve(ctx: AioContext) -> Iterator[Serve]:
         limits: Limits | None = None,
         export: Export | None = None,
         backend: FakeBackend | None = None,
+        tcp: bool = False,
     ) -> Served:
-        ours, theirs = socket.socketpair()
+        ours, theirs = tcp_pair() if tcp else socket.socketpair()
         ours.setblocking(False)
         backend = backend or FakeBackend(ctx, length_bytes, mapped=mapped)
         export = export or Export("disk", backend.as_backend, read_only=read_only)

@@ -98,6 +98,7 @@ def test_close_ends_every_kind_of_client(start_server: StartServer, clock: Virtu
     server.backend.end()
     assert busy.reply(8) == (5, 0, bytes(8))
     assert busy.hung_up()
+    busy.sock.close()
     busy.until(closing.done)
     assert not server.server.connection_count
     with pytest.raises(OSError, match="refused"):

@@ -139,7 +139,65 @@ def test_close_answers_what_is_in_flight(serve: Serve) -> None:
     served.backend.end()
     assert served.client.reply(8) == (1, 0, bytes(8))
     assert served.client.hung_up()
+    served.client.sock.close()
+    served.client.rounds()
     assert served.closed == [True]
+
+
+def test_close_loses_no_reply_of_a_client_that_goes_on_sending(serve: Serve) -> None:
+    """A TCP socket that was closed with unread requests in it was reset by the kernel, and the
+    replies that the client had yet to take were gone."""
+    served = serve(mapped=True, tcp=True)
+    count = 3
+    served.client.send(b"".join(header(READ, cookie=i, length=MIB) for i in range(count)))
+    served.client.rounds()
+    served.connection.close()
+    assert served.client.send_some(header(WRITE, length=MIB) + bytes(MIB)) > 0
+    assert [served.client.reply(MIB)[0] for _ in range(count)] == list(range(count))
+    assert served.client.sock.recv(1) == b""
+    assert not any(served.backend.disk)
+    served.client.sock.close()
+    served.client.until(lambda: served.closed == [True])
+
+
+def test_close_leaves_a_client_that_neither_sends_nor_closes(
+    serve: Serve, clock: VirtualClock
+) -> None:
+    served = serve(tcp=True)
+    served.connection.close()
+    assert served.client.hung_up()
+    clock.advance_ns(Limits().close_silence_ns - 1)
+    served.client.rounds()
+    assert not served.closed
+    clock.advance_ns(1)
+    served.client.rounds()
+    assert served.closed == [True]
+
+
+def test_close_hears_out_a_client_that_never_stops_no_longer_than_it_said(
+    serve: Serve, clock: VirtualClock
+) -> None:
+    limits = Limits(close_linger_ns=1000, close_silence_ns=300)
+    served = serve(tcp=True, limits=limits)
+    served.connection.close()
+    for _ in range(4):
+        served.client.send(bytes(100))
+        served.client.rounds()
+        assert not served.closed
+        clock.advance_ns(249)
+        served.client.rounds()
+    clock.advance_ns(4)
+    served.client.rounds()
+    assert served.closed == [True]
+
+
+def test_close_of_a_unix_socket_with_unread_input_hangs_up_first(serve: Serve) -> None:
+    """The client saw ECONNRESET where it should see the end of the stream."""
+    served = serve()
+    assert served.client.send_some(header(READ, length=8)) > 0
+    served.connection.close()
+    served.client.rounds()
+    assert served.client.sock.recv(1) == b""
 
 
 def test_close_waits_no_longer_than_it_said_for_a_stalled_client(
