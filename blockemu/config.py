@@ -114,7 +114,11 @@ def _export_names(paths: Sequence[str], names: Sequence[str], limits: Limits) ->
             raise DaemonError(
                 path, f"export name '{name}' is taken by {found[name]}; give each its own --name"
             )
-        size = len(name.encode(errors="surrogateescape"))
+        try:
+            size = len(name.encode())
+        except UnicodeEncodeError:
+            reason = "its export name isn't UTF-8, which the protocol wants; give it a --name"
+            raise DaemonError(path, reason) from None
         if size > limits.name_length_max:
             raise DaemonError(path, f"an export name has at most {limits.name_length_max} bytes")
         found[name] = path
@@ -123,6 +127,8 @@ def _export_names(paths: Sequence[str], names: Sequence[str], limits: Limits) ->
 
 def _threads(count: int, iothreads: Sequence[str]) -> list[str]:
     """A thread for each image: one of its own, the one named, or those named, in order."""
+    if "" in iothreads:
+        raise DaemonError("--iothread", "the name is empty")
     if not iothreads:
         return [f"iothread{index}" for index in range(count)]
     if len(iothreads) == 1:

@@ -48,10 +48,10 @@ def listen_tcp(host: str, port: int, *, backlog: int = BACKLOG_DEFAULT) -> list[
     name = format_host_port(host, port)
     if not 0 <= port <= 65535:
         raise DaemonError(name, "a port is a number from 0 to 65535")
+    if not host:
+        raise DaemonError(name, "the address is empty; 0.0.0.0 or :: are all of this machine's")
     try:
-        found = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
         reason = error.strerror if isinstance(error, socket.gaierror) else "not a host name"
         raise DaemonError(name, f"bad address: {reason}") from error

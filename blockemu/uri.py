@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from blockemu.listen import format_host_port
 
-_WILDCARDS = ("", "0.0.0.0", "::")
+_WILDCARDS = ("0.0.0.0", "::")
 
 
 def tcp_uri(host: str, port: int, export_name: str) -> str:

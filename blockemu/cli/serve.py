@@ -7,6 +7,7 @@ import os
 
 import click
 
+from blockemu.cli.failure import one_line
 from blockemu.cli.verbosity import CliState, verbose_option
 
 EPILOG = """
@@ -138,6 +139,6 @@ def announce(lines: list[str]) -> None:
     """Print where the exports are; flushed, since a script may wait for it through a pipe."""
     try:
         for line in lines:
-            click.echo(line)
+            click.echo(one_line(line))
     except OSError:
         pass  # nobody listens any more; clients can connect all the same

@@ -51,6 +51,12 @@ def test_tcp_bad_address_is_refused_with_its_name(host: str) -> None:
     assert host in str(caught.value)
 
 
+def test_an_empty_address_is_refused_and_not_taken_for_all() -> None:
+    """`--bind "$ADDRESS"` with a variable that isn't set offered the disk to the whole network."""
+    with pytest.raises(DaemonError, match="address is empty"):
+        listen_tcp("", 0)
+
+
 def test_tcp_ipv6_loopback_listens_where_the_machine_has_it() -> None:
     try:
         sockets = listen_tcp("::1", 0)
