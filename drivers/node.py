@@ -15,7 +15,7 @@ import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from blockemu.drivers.child import BdrvChild, Permission
+from blockemu.drivers.child import BdrvChild, Permission, Role
 from blockemu.drivers.driver import BlockDriver, BlockStatus, RequestFlags
 from blockemu.drivers.errors import ImageError, io_error
 from blockemu.drivers.request import RequestTracker
@@ -30,6 +30,10 @@ OFFSET_MAX = 2**63 - 1
 
 ZERO_WRITE_MAX = 1024 * 1024
 """Bytes of zeroes written at once where a driver can't write zeroes: bounds the buffer."""
+
+NESTED_IMAGES_MAX = 16
+"""Images of a backing chain whose calls nest in one stack. A read takes up to nine frames in each
+image, and the interpreter allows 1000."""
 
 
 class BlockDriverState:
@@ -46,6 +50,8 @@ class BlockDriverState:
         """The host path of a file, or of the file below a format: what messages name."""
         self.backing_names: frozenset[str] = frozenset()
         """Host files at or above this node in its backing chain, against cycles."""
+        self.backing_depth = 0
+        """How many images the longest backing chain below this node has."""
         self.file_options: dict[str, Any] = {}
         """How this node's file was opened (aio, cache), for backing files to inherit."""
         self.force_share = False
@@ -315,6 +321,8 @@ class BlockDriverState:
         assert child.name not in self.children, child.describe()
         child.node.add_parent(child)
         self.children[child.name] = child
+        below = child.node.backing_depth + bool(child.role & Role.BACKING)
+        self.backing_depth = max(self.backing_depth, below)
 
     def add_parent(self, edge: BdrvChild) -> None:
         """Enter `edge` as one more parent, if what it does and forbids suits the others."""

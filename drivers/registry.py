@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+from collections.abc import Coroutine
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
@@ -22,16 +23,17 @@ from typing import Any
 from blockemu.drivers.child import BdrvChild, Permission, Role
 from blockemu.drivers.driver import BlockDriver
 from blockemu.drivers.errors import ImageError
-from blockemu.drivers.node import BlockDriverState
+from blockemu.drivers.node import NESTED_IMAGES_MAX, BlockDriverState
 from blockemu.drivers.options import refuse_unknown, take_bool, take_str
 from blockemu.loop.aio_context import AioContext
+from blockemu.loop.coroutine import run_on_fresh_stack
 from blockemu.loop.host_file import FileEngine
 
 ENTRY_POINT_GROUP = "blockemu.drivers"
 
 BACKING_DEPTH_MAX = 200
-"""Images in one chain. Each is a few nested calls per read; this many stay far from the
-interpreter's and the stack's limits."""
+"""Images in one chain. Each is an open file and a few calls per read, which nest only so deep
+(`NESTED_IMAGES_MAX`)."""
 
 PROBE_BYTES = 4096
 """Read from the start of an image to tell its format: a qcow2 header and its backing name."""
@@ -207,8 +209,9 @@ class Opener:
         options["read-only"] = True
         own_names, parent.backing_names = parent.backing_names, chain
         shared = Permission.ALL & ~(Permission.WRITE | Permission.RESIZE)
-        try:
-            return await self.open_child(
+
+        def open_it() -> Coroutine[Any, Any, BdrvChild]:
+            return self.open_child(
                 parent,
                 "backing",
                 options,
@@ -216,6 +219,11 @@ class Opener:
                 perm=Permission.CONSISTENT_READ,
                 shared=shared,
             )
+
+        try:
+            if len(chain) % NESTED_IMAGES_MAX:
+                return await open_it()
+            return await run_on_fresh_stack(open_it)
         except ImageError as error:
             if error.name in (path, real):
                 reason = f"is the backing file of {image}: {error.reason}"

@@ -20,6 +20,7 @@ from blockemu.loop.coroutine import (
     Task,
     current_task,
     run_in_context,
+    run_on_fresh_stack,
     settled,
 )
 from blockemu.loop.event_notifier import EventNotifier
@@ -64,6 +65,7 @@ __all__ = [
     "current_task",
     "gather",
     "run_in_context",
+    "run_on_fresh_stack",
     "settled",
     "sleep_ns",
     "yield_now",

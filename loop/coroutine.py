@@ -403,6 +403,20 @@ async def run_in_context(ctx: AioContext, factory: Callable[[], Coroutine[Any, A
     """
     if running_context() is ctx:
         return await factory()
+    return await _await_remote(ctx, factory)
+
+
+async def run_on_fresh_stack(factory: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run `factory()` in this context, but from its loop: its calls don't nest in the caller's.
+
+    For recursion whose depth is somebody else's choice: done every so many levels, it keeps each
+    stack short of the interpreter's limit. Cancelling the caller cancels it, and waits for its end.
+    Suspends: until it is done.
+    """
+    return await _await_remote(running_context(), factory)
+
+
+async def _await_remote(ctx: AioContext, factory: Callable[[], Coroutine[Any, Any, T]]) -> T:
     remote = ctx.spawn_threadsafe(factory)
     try:
         return await remote

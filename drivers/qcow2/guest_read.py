@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from blockemu.drivers.node import NESTED_IMAGES_MAX
 from blockemu.drivers.qcow2.cluster_map import ClusterMap, Extent, Kind
+from blockemu.loop.coroutine import run_on_fresh_stack
 from blockemu.loop.sync import gather
 
 if TYPE_CHECKING:
@@ -120,8 +122,10 @@ class GuestReader:
 
     async def _read_backing(self, backing: BdrvChild, offset: int, view: memoryview) -> None:
         inside = max(min(len(view), backing.length_bytes - offset), 0)
-        if inside:
+        if inside and (backing.node.backing_depth + 1) % NESTED_IMAGES_MAX:
             await backing.preadv(offset, view[:inside])
+        elif inside:
+            await run_on_fresh_stack(lambda: backing.preadv(offset, view[:inside]))
         if inside < len(view):
             view[inside:] = bytes(len(view) - inside)
 

@@ -19,6 +19,7 @@ from blockemu.loop import (
     Task,
     current_task,
     run_in_context,
+    run_on_fresh_stack,
     settled,
     yield_now,
 )
@@ -447,6 +448,17 @@ def test_run_in_context_hops_there_and_back(epoll_ctx: AioContext) -> None:
 
 def test_run_in_context_of_the_running_context_runs_in_place(ctx: AioContext) -> None:
     assert ctx.spawn(run_in_context(ctx, lambda: value(3))).result() == 3
+
+
+def test_run_on_fresh_stack_lets_recursion_go_past_the_interpreters_limit(ctx: AioContext) -> None:
+    async def descend(levels: int) -> int:
+        if not levels:
+            return 0
+        if levels % 50:
+            return 1 + await descend(levels - 1)
+        return 1 + await run_on_fresh_stack(lambda: descend(levels - 1))
+
+    assert ctx.run(descend(5000)) == 5000
 
 
 def test_run_in_context_carries_exceptions(epoll_ctx: AioContext) -> None:

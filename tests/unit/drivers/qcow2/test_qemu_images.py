@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from blockemu.drivers.errors import ImageError
+from blockemu.drivers.registry import BACKING_DEPTH_MAX
 from tests.peers.qemu import QemuImg, run_tool
 from tests.unit.drivers.qcow2.checker import Checker
 from tests.unit.drivers.qcow2.support import KIB, MIB, Images
@@ -183,6 +185,32 @@ def test_chain_of_backing_files_is_read_to_its_end(images: Images) -> None:
     content = disk.read(0, 64 * KIB * depth)
     assert [content[64 * KIB * level] for level in range(1, depth)] == list(range(1, depth))
     assert content[0] == 0xFF
+
+
+def test_longest_chain_allowed_is_opened_read_written_and_closed(images: Images) -> None:
+    """Each image is a few frames of every call. 200 of them, which is what may be opened, were more
+    than the interpreter allows: `blockemu serve` ended in a RecursionError."""
+    size = 4 * KIB
+    images.files.add("layer0", b"\x01" * 512 + bytes(size - 512))
+    for level in range(1, BACKING_DEPTH_MAX + 1):
+        images.create(
+            f"layer{level}", size, cluster_size=512, backing_file=f"layer{level - 1}",
+            backing_fmt="raw" if level == 1 else "qcow2",
+        )  # fmt: skip
+        if level == 100:
+            disk = images.open("layer100", backing=None)
+            disk.write(1024, b"\x64" * 512)
+            disk.close()
+    disk = images.open(f"layer{BACKING_DEPTH_MAX - 1}")
+    disk.write(100, b"\x02" * 100)
+    content = bytearray(size)
+    content[:512] = b"\x01" * 100 + b"\x02" * 100 + b"\x01" * 312
+    content[1024:1536] = b"\x64" * 512
+    assert disk.read(0, size) == content
+    disk.close()
+    with pytest.raises(ImageError, match="more than 200 backing files in one chain"):
+        images.open(f"layer{BACKING_DEPTH_MAX}")
+    assert not images.opener.nodes
 
 
 def test_option_backing_null_shows_the_layer_alone(images: Images) -> None:
