@@ -5,6 +5,8 @@ A refcount block is created the first time that space in its range is wanted, in
 cluster of that range, so that it counts itself. When the refcount table can't name one more block,
 the table moves to the end of the file, half as large again.
 
+What is needed for tables is never taken, whatever the counts say (metadata_places.py).
+
 Three rules keep the on-disk state safe, together with metadata_writer.py:
 - a cluster that is taken is counted before anything names it (phase order);
 - a cluster that is let go is counted down only when no entry on disk can name it any more
@@ -28,6 +30,7 @@ from blockemu.drivers.qcow2.layout import (
     Layout,
     div_up,
 )
+from blockemu.drivers.qcow2.metadata_places import MetadataPlaces
 from blockemu.drivers.qcow2.metadata_writer import MetadataWriter, Reference
 from blockemu.drivers.qcow2.root_table import ENTRY_BYTES, RootTable
 from blockemu.drivers.qcow2.table_cache import Slice, TableCache, disk_bytes
@@ -73,6 +76,9 @@ class Refcounts:
         self._damage = damage
         self._pass_discard = pass_discard
         self._emptied: list[int] = []
+        self._places = MetadataPlaces(
+            layout, header=header, writer=writer, end=div_up(file.length, layout.cluster_size)
+        )
         self._slice_entries = width.entries(cache.slice_bytes)
         self._search_from = 0
         """No cluster before this one is free."""
@@ -128,6 +134,7 @@ class Refcounts:
             if end <= self._file.length:
                 break
             await self._cover(end)  # suspends: `found` must be looked up again
+        self._refuse_metadata(cluster, count, "counted as free")
         self._width.set_ones(found.words, first, count)
         self._mark(found, first, count)
         self._search_from = cluster + count
@@ -147,9 +154,19 @@ class Refcounts:
             run += length
             cluster += length
         first = cluster - run
+        self._refuse_metadata(first, count, "counted as free")
         await self._cover(cluster << self._layout.cluster_bits)
         await self._add(Reference(first, count), 1)
         return Allocation(first, count, self._take(first, count))
+
+    def _refuse_metadata(self, first: int, count: int, claim: str) -> None:
+        """Raises: OSError(EIO), if `claim` is made for the place of a table."""
+        found = self._places.first_in(first, count)
+        if found is not None:
+            raise self._damage.report(
+                f"host cluster {found} is in use for metadata but {claim};"
+                f" repair the image with: qemu-img check -r all {self._file.name}"
+            )
 
     def _take(self, first: int, count: int) -> bool:
         fresh = first >= self.used_end
@@ -167,6 +184,7 @@ class Refcounts:
             block = cluster >> self._layout.block_bits
             if block >= len(self._table):
                 await self._grow_table(cluster)
+                cluster = min(cluster, self._search_from)  # the old table's place is free now
                 continue
             found = await self._load(cluster)
             if found is None:
@@ -183,6 +201,7 @@ class Refcounts:
         """Create a refcount block in `cluster`, the first free one of its range."""
         size = self._layout.cluster_size
         host = cluster << self._layout.cluster_bits
+        self._refuse_metadata(cluster, 1, "counted as free")
         await self._cover(host + size)
         if not self._take(cluster, 1):
             await self._file.zero(host, size)
@@ -234,6 +253,8 @@ class Refcounts:
 
     async def _add(self, reference: Reference, delta: int) -> None:
         cluster, end = reference.first, reference.first + reference.clusters
+        if delta < 0 and not reference.is_table:
+            self._refuse_metadata(cluster, reference.clusters, "named by an L2 entry")
         while cluster < end:
             if cluster >> self._layout.block_bits >= len(self._table):
                 raise self._damage.report(f"host cluster {cluster} is beyond the refcount table")
@@ -261,11 +282,12 @@ class Refcounts:
         return count
 
     async def _forget_table(self, reference: Reference) -> None:
-        """Drop cached slices of tables that are no longer in use by anybody."""
+        """Tables that are no longer in use by anybody: drop their cached slices, free the place."""
         size = self._layout.cluster_size
         for cluster in range(reference.first, reference.first + reference.clusters):
             if not await self.get(cluster):
                 self._writer.l2.drop(cluster * size, size)
+                self._places.forget()
 
     # --- a larger refcount table ---
 
@@ -279,6 +301,7 @@ class Refcounts:
         size, bits = self._layout.cluster_size, self._layout.cluster_bits
         table_clusters = len(words) * ENTRY_BYTES // size
         total = blocks + table_clusters
+        self._refuse_metadata(cluster, total, "counted as free")
         await self._writer.flush()  # the old table has no dirty entries from here on
         host = cluster << bits
         await self._cover(host + total * size)
@@ -296,7 +319,8 @@ class Refcounts:
             self._table.words = old
             self._cache.drop(host, blocks * size)
             raise
-        freed = Reference(self._table.offset >> bits, len(old) * ENTRY_BYTES // size)
+        old_clusters = len(old) * ENTRY_BYTES // size
+        freed = Reference(self._table.offset >> bits, old_clusters, is_table=True)
         try:
             await self._header.move_refcount_table(offset=offset, clusters=table_clusters)
         except BaseException:

@@ -82,7 +82,8 @@ async def _grow_l1(image: Image, entries: int) -> None:
     except BaseException:
         await image.refcounts.release(Reference(taken.first, clusters))
         raise
-    freed = Reference(l1.offset >> bits, div_up(len(l1) * ENTRY_BYTES, size))
+    old_clusters = div_up(len(l1) * ENTRY_BYTES, size)
+    freed = Reference(l1.offset >> bits, old_clusters, is_table=True)
     try:
         await image.header_file.move_l1(offset=offset, entries=entries)
     except BaseException:

@@ -8,6 +8,7 @@ import logging
 import random
 import struct
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -178,6 +179,81 @@ def test_damaged_refcount_table_is_an_eio_for_writes_that_allocate(
     assert caught.value.errno == errno.EIO
     assert "refcount table entry 0" in caplog.records[0].getMessage()
     assert disk.read(0, 512) == bytes(512)
+
+
+@pytest.mark.parametrize("what", ["header", "L1 table", "L2 table", "refcount table", "block"])
+def test_table_counted_as_free_is_never_handed_out(
+    images: Images, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Refcounts that are wrong made a write take the header's cluster, or a table's, for its data:
+    the image was gone. QEMU refuses such a write, too."""
+    image = images.create("image", 4 * MIB)
+    disk = images.open("image")
+    disk.write(0, b"x" * CLUSTER)
+    disk.close()
+    reftable, l1 = u64(image.content, 48), u64(image.content, 40)
+    block = u64(image.content, reftable)
+    place = {
+        "header": 0,
+        "L1 table": l1,
+        "L2 table": u64(image.content, l1) & ~(1 << 63),
+        "refcount table": reftable,
+        "block": block,
+    }[what]
+    struct.pack_into(">H", image.content, block + place // CLUSTER * 2, 0)
+    before = bytes(image.content)
+    disk = images.open("image")
+    with caplog.at_level(logging.ERROR), pytest.raises(OSError) as caught:
+        disk.write(CLUSTER, b"y" * CLUSTER)
+    assert caught.value.errno == errno.EIO
+    assert f"host cluster {place // CLUSTER} is in use for metadata" in caplog.text
+    disk.write(0, b"z" * CLUSTER)
+    assert disk.read(0, 2 * CLUSTER) == b"z" * CLUSTER + bytes(CLUSTER)
+    disk.close()
+    assert bytes(image.content).replace(b"z", b"x") == before.replace(b"z", b"x")
+
+
+def test_missing_refcount_block_isnt_made_over_the_header(images: Images) -> None:
+    image = images.create("image", 4 * MIB)
+    put(image.content, u64(image.content, 48), 0)
+    before = bytes(image.content)
+    disk = images.open("image")
+    with pytest.raises(OSError, match="host cluster 0 is in use for metadata"):
+        disk.write(0, b"y" * CLUSTER)
+    disk.close()
+    assert image.content[:CLUSTER] == before[:CLUSTER]
+
+
+def test_compressed_cluster_that_claims_the_header_cant_free_it(images: Images) -> None:
+    """Discarding the guest cluster counted the header's cluster down to 0 and punched it out."""
+    image = images.create("image", 4 * MIB)
+    disk = images.open("image")
+    disk.write(0, b"x" * CLUSTER)
+    disk.close()
+    put(image.content, u64(image.content, u64(image.content, 40)) & ~(1 << 63), 1 << 62 | 1024)
+    before = bytes(image.content[:CLUSTER])
+    disk = images.open("image")
+    disk.ctx.run(disk.node.pdiscard(0, CLUSTER))
+    disk.flush()
+    disk.write(0, b"y" * 3 * CLUSTER)
+    disk.close()
+    assert image.content[:CLUSTER] == before
+
+
+def test_place_of_a_table_that_moved_is_used_again(images: Images, tmp_path: Path) -> None:
+    images.create("image", 12 * MIB, cluster_size=512, refcount_bits=64)
+    disk = images.open("image")
+    disk.write(0, b"x" * 512)
+    disk.ctx.run(disk.node.pdiscard(0, 512))
+    disk.flush()
+    disk.write(0, b"y" * 512)  # into the hole: the places of all tables are known from here on
+    old = disk.driver.image.header.refcount_table_offset
+    disk.write(512, b"x" * (12 * MIB - 512))
+    assert disk.driver.image.header.refcount_table_offset != old
+    disk.flush()
+    assert disk.ctx.run(disk.driver.image.refcounts.get(old // 512))
+    disk.close()
+    images.check("image", tmp_path)
 
 
 def test_random_damage_ends_in_errors_never_in_a_traceback(
