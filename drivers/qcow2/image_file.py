@@ -53,7 +53,8 @@ class ImageFile:
         self._fixed = self.host_file is not None and self.host_file.is_block_device
         self.granule = max(SECTOR, driver.request_alignment)
         """Unit of metadata writes: whole sectors, and nothing the node below must read first."""
-        self.sparse = driver.is_protocol and not self._fixed
+        self._grows_by_writes = driver.is_protocol and not self._fixed
+        self.sparse = self._grows_by_writes
         """Bytes beyond all that was ever written read as zeroes."""
         self._grown = False
 
@@ -72,7 +73,10 @@ class ImageFile:
         view[inside:] = bytes(len(view) - inside)
 
     def write(self, offset: int, data: memoryview | bytes) -> Coroutine[Any, Any, None]:
-        """Write inside the file as it is now (see `cover`). Raises: OSError."""
+        """Write inside the file as it is now (see `cover`), or in its last cluster, which may be
+        cut short in an image that somebody else made. Raises: OSError."""
+        if offset + len(data) > self.length and self._grows_by_writes:
+            self.length = offset + len(data)  # should it fail, these bytes still read as zeroes
         return self.child.pwritev(offset, memoryview(data))
 
     async def write_all(self, writes: Sequence[tuple[int, bytes]]) -> None:

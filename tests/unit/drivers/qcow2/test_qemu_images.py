@@ -187,6 +187,28 @@ def test_chain_of_backing_files_is_read_to_its_end(images: Images) -> None:
     assert content[0] == 0xFF
 
 
+@pytest.mark.parametrize("direct", [False, True])
+def test_write_behind_the_end_of_a_file_that_ends_in_a_cluster_is_read_back(
+    images: Images, direct: bool
+) -> None:
+    """The write made the file longer, but reads went by its old length: zeroes, until it was
+    opened anew."""
+    image = images.create("image", 4 * MIB)
+    disk = images.open("image")
+    disk.write(0, b"x" * 64 * KIB)
+    disk.close()
+    del image.content[-60 * KIB :]
+    disk = images.open("image", direct=direct)
+    assert disk.read(0, 64 * KIB) == b"x" * 4 * KIB + bytes(60 * KIB)
+    disk.write(32 * KIB, b"y" * 4 * KIB)
+    content = b"x" * 4 * KIB + bytes(28 * KIB) + b"y" * 4 * KIB + bytes(28 * KIB)
+    assert disk.read(0, 64 * KIB) == content
+    disk.write(MIB, b"z" * 512)  # the file grows
+    assert disk.read(0, 64 * KIB) == content
+    disk.close()
+    assert images.open("image").read(0, 64 * KIB) == content
+
+
 def test_longest_chain_allowed_is_opened_read_written_and_closed(images: Images) -> None:
     """Each image is a few frames of every call. 200 of them, which is what may be opened, were more
     than the interpreter allows: `blockemu serve` ended in a RecursionError."""
