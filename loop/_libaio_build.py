@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds `blockemu.loop._libaio`: the C half of host I/O, by cffi in API mode.
 
-The C lives in `native/aio_queue.{h,c}`, where an editor and a sanitizer find it; the header is both
+The C lives in `native/*.{h,c}`, where an editor and a sanitizer find it; the headers are both
 cffi's declarations and the compiler's. API mode because the compiler then checks every structure
 against the machine's own headers; the limited API because one binary then serves every CPython.
 
-Not reached through this module: io_submit itself. A call from Python for each request costs more
-than the request does, so C takes a whole batch (see linux_aio.py).
+Not reached through this module: io_submit and pwrite themselves. A call from Python for each
+request costs more than the request does, so C takes a whole batch (see linux_aio.py and
+transfer_batches.py).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from pathlib import Path
 from cffi import FFI
 
 _NATIVE = Path(__file__).resolve().parent / "native"
-_DECLARATIONS = (_NATIVE / "aio_queue.h").read_text()
-_CODE = (_NATIVE / "aio_queue.c").read_text()
+_PARTS = ("aio_queue", "transfers")
+_DECLARATIONS = "".join((_NATIVE / f"{part}.h").read_text() for part in _PARTS)
+_CODE = "".join((_NATIVE / f"{part}.c").read_text() for part in _PARTS)
 
 ffibuilder = FFI()
 ffibuilder.cdef(_DECLARATIONS)

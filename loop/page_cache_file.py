@@ -10,7 +10,8 @@ So whatever can't block is done on the spot:
 - on tmpfs and ramfs, which refuse the flag and never wait for a disk, everything, writes included.
 
 Writes on other filesystems always go to a worker: they may wait for a journal or for dirty pages to
-be written back, and no filesystem measured takes RWF_NOWAIT for buffered writes everywhere.
+be written back, and no filesystem measured takes RWF_NOWAIT for buffered writes everywhere. What a
+round has for workers leaves at its end in batches (transfer_batches.py).
 
 Linux AIO isn't used here: with a file in the page cache io_submit itself does the waiting.
 """
@@ -27,6 +28,7 @@ from blockemu.loop._libaio import lib
 from blockemu.loop.blocking_io import read_fully, write_fully
 from blockemu.loop.file_engine import Done
 from blockemu.loop.posix_file import PosixFile
+from blockemu.loop.transfer_batches import TransferBatches
 
 T = TypeVar("T")
 
@@ -36,6 +38,11 @@ RAMFS_MAGIC: Final = 0x858458F6
 # Zeroing or freeing a MiB of tmpfs takes some 50 us, as long as waking a worker.
 INLINE_BYTES_MAX: Final = 1 << 20
 
+# Requests that one worker does in one call. Writes to one file take turns in the kernel anyway (the
+# inode's lock). A batch of reads is announced to the disk as a whole, yet is answered as a whole.
+WRITES_MAX: Final = 32
+READS_MAX: Final = 16
+
 
 class PageCacheFile(PosixFile):
     """Reads on the spot from the cache, where the filesystem knows RWF_NOWAIT; else in a worker."""
@@ -44,6 +51,8 @@ class PageCacheFile(PosixFile):
         """`inline=False` sends everything to workers."""
         super().__init__(fd, path, read_only=read_only, direct=False)
         self._reads_nowait = inline and _takes_nowait(fd)
+        self._reads = TransferBatches(is_write=False, requests_max=READS_MAX)
+        self._writes = TransferBatches(is_write=True, requests_max=WRITES_MAX)
 
     def start_read(self, offset: int, view: memoryview, done: Done) -> int | None:
         got = 0
@@ -58,11 +67,11 @@ class PageCacheFile(PosixFile):
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     return -(error.errno or errno.EIO)
                 self._reads_nowait = False
-        self._read_in_worker(offset, view, got, done)
+        self._reads.stage(self.ctx, self._fd, offset, view, got, done)
         return None
 
     def start_write(self, offset: int, view: memoryview, done: Done) -> int | None:
-        self._write_in_worker(offset, view, 0, done)
+        self._writes.stage(self.ctx, self._fd, offset, view, 0, done)
         return None
 
 

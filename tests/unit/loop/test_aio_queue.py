@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C half of Linux AIO, over a fake libaio and under sanitizers: aio_queue_harness.c."""
+"""The C half of host I/O, over fake system calls and under sanitizers: *_harness.c."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ HERE = Path(__file__).parent
 NATIVE = HERE.parents[2] / "loop" / "native"
 
 
-def test_queue_keeps_its_contract_under_sanitizers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("harness", ["aio_queue_harness.c", "transfers_harness.c"])
+def test_c_part_keeps_its_contract_under_sanitizers(tmp_path: Path, harness: str) -> None:
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler")
@@ -30,7 +31,7 @@ def test_queue_keeps_its_contract_under_sanitizers(tmp_path: Path) -> None:
             "-fsanitize=address,undefined",
             "-fno-sanitize-recover=all",
             f"-I{NATIVE}",
-            str(HERE / "aio_queue_harness.c"),
+            str(HERE / harness),
             "-o",
             str(program),
         ],
