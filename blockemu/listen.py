@@ -21,8 +21,9 @@ from dataclasses import dataclass
 
 from blockemu.errors import DaemonError
 
-BACKLOG_DEFAULT = 128
-"""Connections that the kernel completes while we are busy; more are refused or retried by it."""
+BACKLOG_DEFAULT = 1024
+"""Connections that the kernel completes while we are busy. It drops what comes beyond, and a TCP
+client then tries again only after a second. As many as we serve at once may come at once."""
 
 UNIX_PATH_BYTES_MAX = 107
 """sun_path is 108 bytes with its final NUL (unix(7))."""

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from blockemu.errors import DaemonError
-from blockemu.listen import UNIX_PATH_BYTES_MAX, listen_tcp, listen_unix, remove_unix_path
+from blockemu.limits import Limits
+from blockemu.listen import (
+    BACKLOG_DEFAULT,
+    UNIX_PATH_BYTES_MAX,
+    listen_tcp,
+    listen_unix,
+    remove_unix_path,
+)
 
 
 def make_stale_socket(path: Path) -> None:
@@ -160,3 +167,8 @@ def test_unix_path_taken_over_by_another_server_is_left_alone(tmp_path: Path) ->
     remove_unix_path(mine)
     assert path.exists()
     remove_unix_path(theirs)
+
+
+def test_as_many_clients_may_come_at_once_as_are_served() -> None:
+    """With a backlog of 128, the kernel made some of 900 clients wait for seconds."""
+    assert BACKLOG_DEFAULT >= Limits().connections_max
