@@ -72,7 +72,7 @@ class RawDriver(BlockDriver):
     async def truncate(self, length: int, *, preallocation: str = "off") -> None:
         if self._size is not None:
             raise io_error(errno.ENOTSUP, "a window of a file (offset, size) can't be resized")
-        self.drop_direct_map()
+        await self.drop_direct_map()
         await self._file.truncate(length, preallocation=preallocation)
 
     def direct_map(self) -> DirectMap | None:
@@ -87,9 +87,13 @@ class RawDriver(BlockDriver):
             self._file.node.mapped_by.append(self._map)
         return self._map
 
-    def drop_direct_map(self) -> None:
-        """Forget the map, which was made for the old size; the next user gets a new one."""
-        if self._map is not None:
-            self._map.hold()  # whoever still has it misses from now on
-            self._file.node.mapped_by.remove(self._map)
-            self._map = None
+    async def drop_direct_map(self) -> None:
+        """Forget the map, which was made for the old size; the next user gets a new one.
+
+        Suspends: until the requests that were taken from it are done.
+        """
+        dropped, self._map = self._map, None
+        if dropped is not None:
+            dropped.hold()  # whoever still has it misses from now on
+            await dropped.wait_idle()
+            self._file.node.mapped_by.remove(dropped)

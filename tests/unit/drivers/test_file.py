@@ -15,6 +15,7 @@ from blockemu.drivers.errors import ImageError
 from blockemu.drivers.node import BlockDriverState
 from blockemu.drivers.registry import Opener
 from blockemu.loop.aio_context import AioContext
+from blockemu.loop.memory_file import MemoryFiles
 
 MODES = [
     pytest.param({"cache": {"direct": False}, "aio": "native"}, id="cached"),
@@ -195,6 +196,27 @@ def test_direct_map_of_raw_covers_whole_blocks(
     assert direct_map.lookup_read(4096, 8192) == 4096
     assert direct_map.lookup_write(4096, 8192) == 4096
     assert direct_map.lookup_read(size - 1, 1) == (-1 if mode["cache"]["direct"] else size - 1)
+    ctx.run(node.close())
+
+
+def test_raw_is_cut_only_after_the_writes_by_its_direct_map(ctx: AioContext) -> None:
+    """It wasn't waited for them: one that was under way made the file long again, behind the
+    end that the node knew of."""
+    files = MemoryFiles()
+    image = files.add("disk", bytes(16384))
+    opener = Opener(files=files, ctx=ctx)
+    options = {"driver": "raw", "file": {"driver": "file", "filename": "disk"}}
+    node = ctx.run(opener.open(options))
+    direct_map = node.driver.direct_map()
+    assert direct_map is not None
+    pin = direct_map.pin()
+    cut = ctx.spawn(node.truncate(4096))
+    assert direct_map.lookup_write(8192, 4096) == -1
+    assert len(image.content) == 16384
+    direct_map.unpin(pin)
+    while not cut.done():
+        ctx.poll(blocking=True)
+    assert len(image.content) == node.length_bytes == 4096
     ctx.run(node.close())
 
 
