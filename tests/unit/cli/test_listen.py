@@ -171,4 +171,4 @@ def test_unix_path_taken_over_by_another_server_is_left_alone(tmp_path: Path) ->
 
 def test_as_many_clients_may_come_at_once_as_are_served() -> None:
     """With a backlog of 128, the kernel made some of 900 clients wait for seconds."""
-    assert BACKLOG_DEFAULT >= Limits().connections_max
+    assert Limits().connections_max <= BACKLOG_DEFAULT
