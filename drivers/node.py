@@ -35,6 +35,11 @@ NESTED_IMAGES_MAX = 16
 """Images of a backing chain whose calls nest in one stack. A read takes up to nine frames in each
 image, and the interpreter allows 1000."""
 
+TAIL_PAGE_BYTES = 64 * 1024
+"""Alone in this much when the ragged end of a device is written. A file's last bytes go through the
+page cache, whole pages at a time, next to which O_DIRECT writes to the same page aren't safe. The
+largest page of the architectures that we run on."""
+
 
 class BlockDriverState:
     """A node: a driver, its children, its parents, and the AioContext all their requests run in."""
@@ -236,7 +241,10 @@ class BlockDriverState:
         """Read, modify, write: alone on the blocks that it touches, direct maps included."""
         start = offset & ~mask
         end = (offset + len(view) + mask) & ~mask
-        request = await self._tracker.begin(start, end, serialising=True)
+        alone_from = start
+        if end > self.driver.length_bytes:
+            alone_from = start & ~(TAIL_PAGE_BYTES - 1)
+        request = await self._tracker.begin(alone_from, end, serialising=True)
         maps = list(self.mapped_by)
         for direct_map in maps:
             direct_map.hold()

@@ -96,6 +96,19 @@ def test_aligned_write_waits_for_an_older_overlapping_unaligned_one(ctx: AioCont
     assert driver.content[:512] == b"a" * 512
 
 
+def test_aligned_write_waits_for_a_write_of_the_ragged_end_in_its_page(ctx: AioContext) -> None:
+    """The ragged end goes through the page cache, which writes back whole pages."""
+    node, driver = scripted_node(ctx, size=70_000, alignment=512)
+    driver.gated = True
+    tail = ctx.spawn(node.pwritev(69_990, memoryview(b"t" * 10)))
+    in_its_page = ctx.spawn(node.pwritev(66_048, memoryview(b"a" * 512)))
+    elsewhere = ctx.spawn(node.pwritev(0, memoryview(b"e" * 512)))
+    settle(ctx)
+    assert driver.calls == [("read", 69_632, 512), ("write", 0, 512)]
+    release_all(ctx, driver, tail, in_its_page, elsewhere)
+    assert driver.content[66_048:66_560] == b"a" * 512
+
+
 def test_requests_past_the_end_fail_with_eio(ctx: AioContext) -> None:
     node, _ = scripted_node(ctx, size=4096)
     with pytest.raises(OSError) as caught:
