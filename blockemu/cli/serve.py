@@ -106,6 +106,7 @@ def serve(
     images: tuple[str, ...],
 ) -> None:
     """Serve disk images over NBD until told to stop."""
+    from blockemu.cli.open_files import raise_open_files_limit
     from blockemu.config import NBD_PORT, TcpAddress, UnixAddress, serve_config
     from blockemu.daemon import Daemon
     from blockemu.notify import make_notify
@@ -130,6 +131,8 @@ def serve(
         address=address,
         control_path=control_path,
     )
+    if state.owns_process:
+        raise_open_files_limit()
     daemon = Daemon(config, notify=make_notify(os.environ.get("NOTIFY_SOCKET")))
     state.kept = daemon
     daemon.run(handle_signals=True, then_exit=state.owns_process, on_ready=announce)
