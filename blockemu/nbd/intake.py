@@ -166,8 +166,10 @@ class Intake:
                     if result is None:
                         position += HEADER_BYTES
                         budget -= request_cost  # its bytes aren't moved in this round
-                        self._spare.describe(READ, 0, cookie, offset=offset, length=length)
-                        spare_done = self._pend(buffer, direct_map)
+                        spare = self._spare
+                        spare.command, spare.cookie = READ, cookie
+                        spare.offset, spare.length = offset, length
+                        spare_done = self._pend(spare, buffer, direct_map)
                         room = connection.room()
                         continue
                     give(buffer)
@@ -186,8 +188,10 @@ class Intake:
                         assert not in_place, "writes_inline was promised"
                         position = after
                         budget -= length + request_cost
-                        self._spare.describe(WRITE, 0, cookie, offset=offset, length=length)
-                        spare_done = self._pend(buffer, direct_map)
+                        spare = self._spare
+                        spare.command, spare.cookie = WRITE, cookie
+                        spare.offset, spare.length = offset, length
+                        spare_done = self._pend(spare, buffer, direct_map)
                         room = connection.room()
                         continue
                     if not in_place:
@@ -210,17 +214,18 @@ class Intake:
             received.start = position
         return False
 
-    def _pend(self, buffer: Buffer, direct_map: DirectMap | None) -> Callable[[int], None]:
+    def _pend(
+        self, request: Request, buffer: Buffer, direct_map: DirectMap | None
+    ) -> Callable[[int], None]:
         """The spare request's host I/O is pending: it is in flight from now on. Returns the
         callback of the next spare."""
         assert direct_map is not None
-        request = self._spare
         request.buffer = buffer
         request.map, request.pin = direct_map, direct_map.pin()
-        self._connection.admit(request)
+        self._connection.admit_data(request.length)
         done_with = self.done_with
-        self._spare = done_with.pop() if done_with else Request(self._connection)
-        return self._spare.done
+        self._spare = spare = done_with.pop() if done_with else Request(self._connection)
+        return spare.done
 
     def _begin(self, word: int, cookie: bytes, offset: int, length: int) -> bool:
         """Begin a request that isn't plain. False when nothing behind it can be parsed yet."""

@@ -344,6 +344,11 @@ class Connection:
         self._in_flight += 1
         self._in_flight_bytes += request.bytes_held
 
+    def admit_data(self, length: int) -> None:
+        """The same for a plain READ or WRITE of `length` bytes."""
+        self._in_flight += 1
+        self._in_flight_bytes += length
+
     def forget_request(self, request: Request) -> None:
         """`request` is in flight no more, and gets no answer; its buffer goes back."""
         assert self._in_flight > 0
