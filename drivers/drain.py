@@ -53,7 +53,10 @@ class DrainedSection:
         self.end()
 
     async def begin(self) -> None:
-        """Close the doors and wait until it is quiet. Suspends: until in-flight requests end."""
+        """Close the doors and wait until it is quiet.
+
+        Suspends: until in-flight requests end. Cancelled meanwhile, it opens the doors again.
+        """
         ctx = self._nodes[0].ctx
         assert ctx.is_home()
         ctx.disable_external()
@@ -70,10 +73,15 @@ class DrainedSection:
             backend.drained_begin()
         for direct_map in self._maps:
             direct_map.hold()
-        for direct_map in self._maps:
-            await direct_map.wait_idle()
-        for node in reversed(self._nodes):
-            await node.wait_idle()
+        try:
+            for direct_map in self._maps:
+                await direct_map.wait_idle()
+            for node in reversed(self._nodes):
+                await node.wait_idle()
+        except BaseException:
+            self.leave_context()
+            self.end()
+            raise
 
     def leave_context(self) -> None:
         """Let the external fds of the context in which the section began speak again."""

@@ -237,6 +237,21 @@ def test_drain_silences_external_fds_and_tells_the_user(ctx: AioContext) -> None
     assert told == ["begin", "end"]
 
 
+def test_drain_that_is_cancelled_while_it_waits_opens_the_doors_again(ctx: AioContext) -> None:
+    node, driver = scripted_node(ctx)
+    backend = BlockBackend("b", node, writable=True)
+    driver.gated = True
+    in_flight = ctx.spawn(backend.flush())
+    drained = ctx.spawn(backend.drain())
+    late = ctx.spawn(backend.flush())
+    assert ctx.external_disabled
+    drained.cancel()
+    settle(ctx)
+    assert drained.cancelled()
+    assert not ctx.external_disabled
+    release_all(ctx, driver, in_flight, late)
+
+
 def test_backend_checks_size_and_right_to_write(ctx: AioContext) -> None:
     node, _ = scripted_node(ctx, size=4096)
     reader = BlockBackend("r", node, writable=False)
