@@ -25,8 +25,8 @@ has seen it and closes, or falls silent. *Dropping* (the peer is gone, or that t
 socket is closed now, and requests in flight finish in the background. Either way `on_closed` comes
 last, when nothing of the connection is left.
 
-Replies of 128 KiB and more leave at once instead of at the end of the round: the client then copies
-one while we read the next. Waiting until a batch of big replies is ready starves it.
+Many replies (reply_queue.py has the numbers) leave at once instead of at the end of the round: the
+client takes them and sends its next requests while we go on.
 """
 
 from __future__ import annotations
