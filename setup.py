@@ -34,7 +34,8 @@ setup(
     package_data={"": ["py.typed", "*.pyi"]},
     cffi_modules=[
         f"{script.relative_to(HERE)}:ffibuilder"
-        for script in sorted((HERE / "loop").rglob("_*_build.py"))
+        for folder in FLOORS.values()
+        for script in sorted((HERE / folder).rglob("_*_build.py"))
     ],
     # One wheel for every CPython from 3.11 on: cffi builds against the limited API.
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

@@ -50,7 +50,8 @@ from blockemu.loop.clock import Clock, ClockType, HostClock, MonotonicClock
 from blockemu.loop.coroutine import Task
 from blockemu.loop.current import running
 from blockemu.loop.fd_handlers import FdHandlers
-from blockemu.loop.poller import EpollPoller, Poller
+from blockemu.loop.native_poller import EVENTS_FD, NativePoller, default_poller
+from blockemu.loop.poller import Poller
 from blockemu.loop.source import PRIORITY_DEFAULT, PollFD, Source
 from blockemu.loop.timer import Timer, TimerList
 
@@ -81,8 +82,10 @@ def log_exception(what: str, error: Exception) -> None:
 class AioContext(Source):
     """An event loop with one home thread. The module's text describes a round.
 
-    Without arguments it runs on epoll and the monotonic clock. A clock that is handed in is the
-    only one: HOST time comes from it as well, so that a simulation has no second source of time.
+    Without arguments it runs on the machine's epoll and the monotonic clock. `native` says whether
+    C waits in epoll and serves native handlers (native_poller.py), or Python does; None leaves it
+    to BLOCKEMU_NATIVE. A poller that is handed in wins. A clock that is handed in is the only one:
+    HOST time comes from it as well, so that a simulation has no second source of time.
 
     Context: any thread may make one; the first thread that polls it, or calls `adopt()`, becomes
     its home. `new_bh`, `schedule_oneshot`, `spawn_threadsafe`, `notify`, `is_home` and the
@@ -95,6 +98,7 @@ class AioContext(Source):
         *,
         clock: Clock | None = None,
         poller: Poller | None = None,
+        native: bool | None = None,
         priority: int = PRIORITY_DEFAULT,
     ) -> None:
         super().__init__(name=name, priority=priority)
@@ -102,7 +106,8 @@ class AioContext(Source):
         self.closed = False
         self._clock: Clock = MonotonicClock() if clock is None else clock
         self._host_clock: Clock = HostClock() if clock is None else clock
-        self._poller: Poller = EpollPoller() if poller is None else poller
+        self._poller: Poller = default_poller(native=native) if poller is None else poller
+        self._native = self._poller if isinstance(self._poller, NativePoller) else None
         self._wait = self._poller.wait
         self._home: int | None = None
         self._round = 0
@@ -118,6 +123,9 @@ class AioContext(Source):
         self._notify_me = 0
         self._notifier = self._poller.new_notifier()
         self._fds.set(self._notifier.fd, self._notified, None, external=False, round_=0)
+        if self._native is not None:
+            read = self._native.dispatch_events
+            self._fds.set(EVENTS_FD, read, None, external=False, round_=0)
         self._thread_pool: ThreadPool | None = None
         self._linux_aio: LinuxAio | None = None
         self._linux_aio_tried = False
@@ -429,14 +437,14 @@ class AioContext(Source):
 
     def prepare(self) -> tuple[bool, int | None]:
         self._notify_me |= 1
-        timeout_ns = self._timeout_ns()
+        timeout_ns = 0 if self._poller.has_work() else self._timeout_ns()
         if timeout_ns != 0 and self._poll_fd is None and self._wait(0):
             timeout_ns = 0  # No descriptor stands for this poller, so it must be asked.
         return timeout_ns == 0, timeout_ns
 
     def check(self) -> bool:
         self._notify_me &= ~1
-        if self._woken or self._deferred:
+        if self._woken or self._deferred or self._poller.has_work():
             return True
         if any(bh._urgent or bh._idle for bh in list(self._bh_queue)):
             return True
@@ -453,6 +461,20 @@ class AioContext(Source):
         return True
 
     # Parts that come with it
+
+    @property
+    def native(self) -> NativePoller | None:
+        """The poller that serves native handlers, if it is one that does. Context: any thread."""
+        return self._native
+
+    def set_poll_params(self, *, max_ns: int, grow: int = 0, shrink: int = 0) -> None:
+        """How long a native wait looks for work before it sleeps: NativePoller.set_adaptive.
+
+        Without native handlers' poller it does nothing: spinning in Python buys nothing.
+        """
+        if self._native is not None:
+            self.assert_home()
+            self._native.set_adaptive(poll_max_ns=max_ns, grow=grow, shrink=shrink)
 
     @property
     def thread_pool(self) -> ThreadPool:

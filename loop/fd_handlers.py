@@ -80,6 +80,7 @@ class FdHandlers:
         """Silence external handlers; calls nest."""
         self.external_disable_count += 1
         if self.external_disable_count == 1:
+            self._poller.set_external_silent(True)
             for fd, handler in self._handlers.items():
                 if handler.external:
                     self._poller.set_interest(fd, 0)
@@ -89,6 +90,7 @@ class FdHandlers:
         assert self.external_disable_count > 0, "enable_external without disable_external"
         self.external_disable_count -= 1
         if self.external_disable_count == 0:
+            self._poller.set_external_silent(False)
             for fd, handler in self._handlers.items():
                 if handler.external:
                     self._poller.set_interest(fd, handler.interest())

@@ -4,9 +4,9 @@
 A poller knows which descriptors somebody is interested in, and waits until one is ready or the time
 is up. It is a seam: `EpollPoller` is the machine's, `MemoryPoller` is for tests and simulation,
 where descriptors are mere numbers that a test declares ready, and sleeping means moving a
-`VirtualClock`.
+`VirtualClock`. `NativePoller` (native_poller.py) is epoll again, with handlers of its own in C.
 
-Both are level-triggered: a descriptor is reported by every `wait` for as long as it is ready. That
+All are level-triggered: a descriptor is reported by every `wait` for as long as it is ready. That
 is what makes the loop's shortcuts safe: whoever skips an event sees it again in the next round.
 
 A poller also makes the notifier that other threads wake it with, since an eventfd wakes nobody who
@@ -66,6 +66,13 @@ class Poller(Protocol):
         event, but may return late: epoll's grain is a millisecond, rounded up.
         """
 
+    def has_work(self) -> bool:
+        """Whether `wait` would find something to do that no descriptor stands for: then don't sleep
+        in anything else."""
+
+    def set_external_silent(self, silent: bool) -> None:
+        """Have the poller's own handlers, those that aren't in FdHandlers, read no new requests."""
+
     def fileno(self) -> int:
         """A descriptor that polls readable when `wait(0)` would return something, or -1."""
 
@@ -123,6 +130,12 @@ class EpollPoller:
             return self._poll(0, EVENTS_MAX)
         timeout_ns = min(timeout_ns, TIMEOUT_NS_MAX)
         return self._poll(timeout_ns * 1e-9, EVENTS_MAX)
+
+    def has_work(self) -> bool:
+        return False
+
+    def set_external_silent(self, silent: bool) -> None:
+        pass
 
     def fileno(self) -> int:
         return self._epoll.fileno()
@@ -231,6 +244,12 @@ class MemoryPoller:
                 if events:
                     found.append((fd, events))
         return found[:EVENTS_MAX]
+
+    def has_work(self) -> bool:
+        return False
+
+    def set_external_silent(self, silent: bool) -> None:
+        pass
 
     def fileno(self) -> int:
         return -1

@@ -16,7 +16,12 @@ FOLDERS = (*(folder for _, folder in FLOORS), "benchmarks", "docs", "examples", 
 CODE_SUFFIXES = {".py", ".c", ".h", ".sh", ".yml", ".toml"}
 CODE_NAMES = {"Dockerfile", "Makefile", "run"}  # and what begins with a shebang
 IGNORED_PARTS = {"__pycache__", "results"}
-GENERATED = {"loop/_libaio.c"}
+GENERATED = {
+    "loop/_libaio.c",
+    "loop/_poll.c",
+    "drivers/_direct_map.c",
+    "blockemu/nbd/_transmission.c",
+}
 
 
 def files() -> Iterator[Path]:

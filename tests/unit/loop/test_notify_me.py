@@ -100,6 +100,12 @@ class SleepPoller:
                 raise LostWakeUpError
         return [(self.flag.fd, select.EPOLLIN)] if self.flag.is_set else []
 
+    def has_work(self) -> bool:
+        return False
+
+    def set_external_silent(self, silent: bool) -> None:
+        pass
+
     def fileno(self) -> int:
         return 99
 

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both pollers promise, and what is special about each."""
+"""What all pollers promise, and what is special about each. test_native_poll.py has more."""
 
 from __future__ import annotations
 
+import os
 import select
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from blockemu.loop import EpollPoller, MemoryPoller, Poller, SleepsForeverError, VirtualClock
+from blockemu.loop.native_poller import NativePoller
 from blockemu.loop.poller import TIMEOUT_NS_MAX
 
 IN, OUT, HUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP
@@ -29,7 +33,14 @@ class Rig:
 
 
 def epoll_rig() -> Iterator[Rig]:
-    poller = EpollPoller()
+    yield from kernel_rig(EpollPoller())
+
+
+def native_rig() -> Iterator[Rig]:
+    yield from kernel_rig(NativePoller())
+
+
+def kernel_rig(poller: Poller) -> Iterator[Rig]:
     near, far = socket.socketpair()
     yield Rig(
         poller,
@@ -56,8 +67,14 @@ def memory_rig() -> Iterator[Rig]:
     poller.close()
 
 
-@pytest.fixture(params=[epoll_rig, memory_rig], ids=["epoll", "memory"])
+@pytest.fixture(params=[epoll_rig, native_rig, memory_rig], ids=["epoll", "native", "memory"])
 def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    yield from request.param()
+
+
+@pytest.fixture(params=[epoll_rig, native_rig], ids=["epoll", "native"])
+def real_rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    """A poller that sleeps in the kernel, and a socket."""
     yield from request.param()
 
 
@@ -99,9 +116,8 @@ def test_wait_with_a_timeout_returns_nothing_when_it_is_up(rig: Rig) -> None:
     assert rig.poller.wait(1) == []
 
 
-def test_negative_timeout_does_not_wait(rig: Rig) -> None:
-    if isinstance(rig.poller, EpollPoller):
-        assert rig.poller.wait(-5) == []
+def test_negative_timeout_does_not_wait(real_rig: Rig) -> None:
+    assert real_rig.poller.wait(-5) == []
 
 
 def test_odd_interest_is_refused(rig: Rig) -> None:
@@ -129,14 +145,49 @@ def test_closing_twice_is_fine(rig: Rig) -> None:
     rig.poller.close()
 
 
-def test_epoll_fd_polls_readable_when_something_is_ready() -> None:
-    for rig in epoll_rig():
-        rig.poller.set_interest(rig.fd, IN)
-        outer = select.poll()
-        outer.register(rig.poller.fileno(), select.POLLIN)
-        assert outer.poll(0) == []
-        rig.make_readable()
-        assert outer.poll(0) == [(rig.poller.fileno(), select.POLLIN)]
+def test_closed_poller_has_no_descriptor(real_rig: Rig) -> None:
+    real_rig.poller.close()
+    with pytest.raises(ValueError, match="closed"):
+        real_rig.poller.fileno()
+    with pytest.raises(ValueError, match="closed"):
+        real_rig.poller.wait(0)
+
+
+def test_idle_poller_has_no_work_of_its_own(rig: Rig) -> None:
+    rig.poller.set_interest(rig.fd, IN)
+    rig.make_readable()
+    rig.poller.set_external_silent(True)
+    rig.poller.set_external_silent(False)
+    assert not rig.poller.has_work()
+    assert rig.poller.wait(0) == [(rig.fd, IN)]
+
+
+def test_descriptor_that_cannot_be_polled_is_refused(real_rig: Rig, tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        with pytest.raises(PermissionError):
+            real_rig.poller.set_interest(file.fileno(), IN)
+        real_rig.poller.set_interest(file.fileno(), 0)
+
+
+def test_epoll_fd_polls_readable_when_something_is_ready(real_rig: Rig) -> None:
+    real_rig.poller.set_interest(real_rig.fd, IN)
+    outer = select.poll()
+    outer.register(real_rig.poller.fileno(), select.POLLIN)
+    assert outer.poll(0) == []
+    real_rig.make_readable()
+    assert outer.poll(0) == [(real_rig.poller.fileno(), select.POLLIN)]
+
+
+def test_epoll_bounds_the_events_of_a_wait(real_rig: Rig) -> None:
+    fds = [os.eventfd(1) for _ in range(300)]
+    for fd in fds:
+        real_rig.poller.set_interest(fd, IN)
+    first, second = real_rig.poller.wait(None), real_rig.poller.wait(None)
+    assert len(first) == len(second) == 256
+    assert {fd for fd, _ in first + second} == set(fds)
+    for fd in fds:
+        real_rig.poller.set_interest(fd, 0)
+        os.close(fd)
 
 
 class CountingEpoll:
@@ -163,8 +214,8 @@ def test_epoll_set_is_modified_only_when_interest_differs() -> None:
         assert epoll.calls == ["register", "modify", "unregister"]
 
 
-def test_epoll_survives_a_descriptor_that_was_closed_too_early() -> None:
-    poller = EpollPoller()
+def test_epoll_survives_a_descriptor_that_was_closed_too_early(real_rig: Rig) -> None:
+    poller = real_rig.poller
     near, far = socket.socketpair()
     fd = near.fileno()
     poller.set_interest(fd, IN)
@@ -180,13 +231,68 @@ def test_epoll_survives_a_descriptor_that_was_closed_too_early() -> None:
     assert poller.wait(0) == [(fd, OUT)]
     for sock in (far, other, third, fourth):
         sock.close()
-    poller.close()
 
 
-def test_epoll_takes_any_timeout() -> None:
-    for rig in epoll_rig():
-        rig.poller.set_interest(rig.fd, OUT)
-        assert rig.poller.wait(TIMEOUT_NS_MAX * 10**9) == [(rig.fd, OUT)]
+def test_epoll_takes_any_timeout(real_rig: Rig) -> None:
+    real_rig.poller.set_interest(real_rig.fd, OUT)
+    assert real_rig.poller.wait(TIMEOUT_NS_MAX * 10**9) == [(real_rig.fd, OUT)]
+
+
+def test_epoll_goes_on_waiting_after_a_signal(real_rig: Rig) -> None:
+    """PEP 475: Python's handler runs, then the wait goes on."""
+    signals: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        signals.append(number)
+        if len(signals) == 3:
+            real_rig.make_readable()
+
+    done = threading.Event()
+
+    def send() -> None:
+        while not done.wait(0.001):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    real_rig.poller.set_interest(real_rig.fd, IN)
+    previous = signal.signal(signal.SIGUSR1, handle)
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        assert real_rig.poller.wait(30 * 10**9) == [(real_rig.fd, IN)]
+        real_rig.make_unreadable()
+        signals.clear()
+        assert real_rig.poller.wait(None) == [(real_rig.fd, IN)]
+    finally:
+        done.set()
+        thread.join()
+        signal.signal(signal.SIGUSR1, previous)
+
+
+def test_exception_of_a_signal_handler_leaves_the_wait(real_rig: Rig) -> None:
+    def interrupt(number: int, frame: object) -> None:
+        done.set()
+        raise KeyboardInterrupt
+
+    done = threading.Event()
+
+    def send() -> None:
+        while not done.wait(0.001):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def start_and_wait() -> None:
+        thread.start()
+        real_rig.poller.wait(None)
+
+    previous = signal.signal(signal.SIGUSR1, interrupt)
+    thread = threading.Thread(target=send)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start_and_wait()
+    finally:
+        # One more may be on its way.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        thread.join()
+        signal.signal(signal.SIGUSR1, previous)
 
 
 def test_memory_poller_sleeps_by_moving_its_clock(
