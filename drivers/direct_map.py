@@ -19,6 +19,9 @@ The rules that keep a hit as right as a miss:
 Waiting doesn't stop the hot path: pins are counted per *generation*. Invalidation closes the
 current generation and waits for that one; new requests pin the next.
 
+A native connection asks the map's twin in C (native_map.py), which is made when the first one
+comes. Every change is mirrored there, and waiting covers the requests that were taken from it.
+
 Bounds: `PAGES_MAX` entries, about 150 bytes each. A full map is emptied, which costs misses only.
 
 A page is a power of two of bytes: a qcow2 cluster, or the whole device for a raw file (one entry).
@@ -29,9 +32,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from blockemu.loop.file_engine import NativeKind
 from blockemu.loop.sync import WaitQueue
 
 if TYPE_CHECKING:
+    from blockemu.drivers.native_map import NativeEvents, NativeMap
     from blockemu.loop.host_file import HostFile
 
 PAGES_MAX = 128 * 1024
@@ -54,14 +59,21 @@ class Pin:
 
 
 class DirectMap:
-    """Guest range -> offset in `file`. `length` is the mapped size in bytes, from 0."""
+    """Guest range -> offset in `file`. `length` is the mapped size in bytes, from 0.
+
+    `durable`: data that is in the file is all there is, no metadata of an image: native code may
+    do FLUSH and FUA by the file alone.
+    """
 
     __slots__ = (
         "_alignment_mask",
+        "_closed",
+        "_durable",
         "_entries",
         "_generation",
         "_held",
         "_length",
+        "_native",
         "_old",
         "_page_bits",
         "_page_mask",
@@ -69,12 +81,17 @@ class DirectMap:
         "file",
     )
 
-    def __init__(self, file: HostFile, *, page_bits: int, length: int) -> None:
+    def __init__(
+        self, file: HostFile, *, page_bits: int, length: int, durable: bool = False
+    ) -> None:
         self.file = file
         self._page_bits = page_bits
         self._page_mask = (1 << page_bits) - 1
         self._alignment_mask = file.request_alignment - 1
         self._length = length & ~self._alignment_mask
+        # An end that isn't aligned is written through the page cache, where a failed flush has to
+        # be remembered (group_flush.py), and it is Python that remembers.
+        self._durable = durable and length == self._length
         # An entry is host_offset << 1 | writable. `_entries` is what look-ups see: the stored
         # entries, or nothing while the map is held.
         self._stored: dict[int, int] = {}
@@ -82,6 +99,8 @@ class DirectMap:
         self._generation = Pin()
         self._old: list[Pin] = []
         self._held = 0
+        self._native: NativeMap | None = None
+        self._closed = False
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -126,9 +145,16 @@ class DirectMap:
     def publish(self, offset: int, host_offset: int, *, writable: bool) -> None:
         """Guest page at `offset` lies at `host_offset` now. Overwrites what was published."""
         assert not offset & self._page_mask, (offset, self._page_bits)
+        page, entry = offset >> self._page_bits, host_offset << 1 | writable
+        if self._stored.get(page) == entry:
+            return
         if len(self._stored) >= PAGES_MAX:
             self._stored.clear()
-        self._stored[offset >> self._page_bits] = host_offset << 1 | writable
+            if self._native is not None:
+                self._native.clear()
+        self._stored[page] = entry
+        if self._native is not None:
+            self._native.publish(page, entry)
 
     def pin(self) -> Pin:
         """A request taken from the map is now in flight. Give the result to `unpin`."""
@@ -155,6 +181,8 @@ class DirectMap:
         if not self._stored or not length:
             return
         first, last = offset >> self._page_bits, (offset + length - 1) >> self._page_bits
+        if self._native is not None:
+            self._native.withdraw(first, last)
         if last - first < len(self._stored):
             for page in range(first, last + 1):
                 self._stored.pop(page, None)
@@ -164,6 +192,8 @@ class DirectMap:
 
     async def wait_idle(self) -> None:
         """Wait until the requests that are pinned now are unpinned; later ones don't count."""
+        native = self._native
+        serial = native.serial if native is not None else 0
         if self._generation.count:
             self._old = [pin for pin in self._old if pin.count]
             self._old.append(self._generation)
@@ -173,11 +203,15 @@ class DirectMap:
                 if pin.waiters is None:
                     pin.waiters = WaitQueue()
                 await pin.waiters.wait()
+        if native is not None:
+            await native.wait_until_done(serial)
 
     def hold(self) -> None:
         """From now on every look-up misses, until as many `release`s. Entries are kept."""
         self._held += 1
         self._entries = _NOTHING
+        if self._native is not None:
+            self._native.set_held(True)
 
     def release(self) -> None:
         """End one `hold`."""
@@ -185,3 +219,56 @@ class DirectMap:
         self._held -= 1
         if not self._held:
             self._entries = self._stored
+            if self._native is not None:
+                self._native.set_held(False)
+
+    def native_handle(self, poller: NativeEvents) -> NativeMap | None:
+        """The twin in C for connections served by `poller`, the native poll of the file's context;
+        None where only Python may do the file's I/O. Ask again whenever you ask for the map.
+
+        The caller keeps the result for as long as C code has its address.
+        """
+        if self._native is not None:
+            assert self._native.poller is poller, "a native map serves one context"
+            return self._native
+        io = self.file.native_io()
+        if self._closed or io is None:
+            return None
+        # Here, since without native connections the extension isn't needed.
+        from blockemu.drivers.native_map import NativeMap
+
+        if io.kind is NativeKind.AIO and not poller.enable_aio():
+            return None
+        self._native = NativeMap(
+            poller,
+            io,
+            page_bits=self._page_bits,
+            length=self._length,
+            request_alignment=self._alignment_mask + 1,
+            durable=self._durable,
+        )
+        self._native.set_held(self._held > 0)
+        for page, entry in self._stored.items():
+            self._native.publish(page, entry)
+        return self._native
+
+    def detach(self) -> None:
+        """The file leaves its context: so does the twin. Held, and idle."""
+        native, self._native = self._native, None
+        if native is not None:
+            native.retire()
+
+    async def close(self) -> None:
+        """The map is used no more: whoever still has it misses from now on, for ever.
+
+        Suspends: until the requests that were taken from it are done. Cancelled meanwhile, it isn't
+        closed.
+        """
+        self.hold()
+        try:
+            await self.wait_idle()
+        except BaseException:
+            self.release()
+            raise
+        self._closed = True
+        self.detach()

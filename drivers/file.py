@@ -126,10 +126,7 @@ class FileDriver(BlockDriver):
     async def truncate(self, length: int, *, preallocation: str = "off") -> None:
         old = self._length_bytes
         self._refuse_growth_of_device(length)
-        if self._map is not None:
-            await self._map.invalidate(0, max(old, 1))
-            self.node.mapped_by.remove(self._map)
-            self._map = None
+        await self._drop_direct_map()
         if preallocation == "falloc" and length > old:
             await self.host_file.allocate(old, length - old)
         await self.host_file.truncate(length)
@@ -153,6 +150,8 @@ class FileDriver(BlockDriver):
             raise io_error(errno.ENOSPC, f"{self.node.filename} ends at {self._length_bytes}")
 
     async def close(self) -> None:
+        for direct_map in list(self.node.mapped_by):
+            await direct_map.close()  # the descriptor's number may soon be another file's
         self.host_file.close()
 
     def set_permissions(self, perm: Permission, shared: Permission) -> None:
@@ -163,15 +162,31 @@ class FileDriver(BlockDriver):
         self.host_file.attach(ctx)
 
     def detach_aio_context(self) -> None:
+        for direct_map in self.node.mapped_by:
+            direct_map.detach()
         self.host_file.detach()
 
     def direct_map(self) -> DirectMap | None:
         if self._map is None:
             length = self._length_bytes
-            self._map = DirectMap(self.host_file, page_bits=WHOLE_DEVICE_BITS, length=length)
+            self._map = DirectMap(
+                self.host_file,
+                page_bits=WHOLE_DEVICE_BITS,
+                length=length,
+                durable=not self._no_flush,
+            )
             self._map.publish(0, 0, writable=not self.node.read_only)
             self.node.mapped_by.append(self._map)
         return self._map
+
+    async def _drop_direct_map(self) -> None:
+        """Forget the map, which was made for the old size; the next user gets a new one."""
+        dropped = self._map
+        if dropped is not None:
+            await dropped.close()
+            if dropped is self._map:
+                self._map = None
+                self.node.mapped_by.remove(dropped)
 
 
 class HostDeviceDriver(FileDriver):

@@ -75,6 +75,9 @@ class RawDriver(BlockDriver):
         await self.drop_direct_map()
         await self._file.truncate(length, preallocation=preallocation)
 
+    async def close(self) -> None:
+        await self.drop_direct_map()
+
     def direct_map(self) -> DirectMap | None:
         below = self._file.node.driver
         if self._map is None and below.host_file is not None:
@@ -82,7 +85,9 @@ class RawDriver(BlockDriver):
             if self._offset & (alignment - 1):
                 return None
             length = self.length_bytes
-            self._map = DirectMap(below.host_file, page_bits=WHOLE_DEVICE_BITS, length=length)
+            self._map = DirectMap(
+                below.host_file, page_bits=WHOLE_DEVICE_BITS, length=length, durable=True
+            )
             self._map.publish(0, self._offset, writable=not self.node.read_only)
             self._file.node.mapped_by.append(self._map)
         return self._map
@@ -92,8 +97,9 @@ class RawDriver(BlockDriver):
 
         Suspends: until the requests that were taken from it are done.
         """
-        dropped, self._map = self._map, None
+        dropped = self._map
         if dropped is not None:
-            dropped.hold()  # whoever still has it misses from now on
-            await dropped.wait_idle()
-            self._file.node.mapped_by.remove(dropped)
+            await dropped.close()
+            if dropped is self._map:
+                self._map = None
+                self._file.node.mapped_by.remove(dropped)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from blockemu.loop.buffers import address_of
 from blockemu.loop.direct_alignment import probe_direct_alignment
-from blockemu.loop.file_engine import Done
+from blockemu.loop.file_engine import Done, NativeIo, NativeKind
 from blockemu.loop.linux_aio import IO_CMD_PREAD, IO_CMD_PWRITE
 from blockemu.loop.posix_file import PosixFile
 
@@ -44,6 +44,12 @@ class DirectFile(PosixFile):
         # ragged end, and closing a second descriptor of one would send udev looking at it.
         has_tail = not (read_only or self.is_block_device)
         self._tail_fd = _open_buffered(fd) if has_tail else -1
+
+    def native_io(self) -> NativeIo | None:
+        if not self._native:
+            return None
+        durable = not self._flushes.sticky
+        return NativeIo(self._fd, NativeKind.AIO, self.memory_alignment, durable=durable)
 
     def attach(self, ctx: AioContext) -> None:
         super().attach(ctx)

@@ -9,6 +9,8 @@ Engines: PosixFiles (posix_files.py) opens real files: through the page cache (p
 or past it (direct_file.py). MemoryFiles (memory_file.py) is for tests and simulation. All pass the
 same contract suite, tests/contract/test_host_file.py.
 
+`native_io` is how C code that has no Python (drivers/native) reaches the same file.
+
 A file may be used by one AioContext at a time, from its home thread; `attach` says which. Opening,
 `size_bytes`, locks and `close` are free of that: they don't touch the context, but for close, which
 wants the file quiet.
@@ -19,7 +21,8 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from enum import IntEnum
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from blockemu.loop.buffers import address_of
 from blockemu.loop.coroutine import Future
@@ -28,6 +31,28 @@ if TYPE_CHECKING:
     from blockemu.loop.aio_context import AioContext
 
 Done = Callable[[int], None]
+
+
+class NativeKind(IntEnum):
+    """How C code reads and writes a file; the numbers of enum map_io in direct_map.h."""
+
+    INLINE = 1
+    """On the spot: a memory filesystem, which never waits."""
+    NOWAIT = 2
+    """Reads on the spot by RWF_NOWAIT, what remains is Python's: the page cache."""
+    AIO = 3
+    """Linux AIO: O_DIRECT."""
+
+
+class NativeIo(NamedTuple):
+    """What C code needs to know of a file."""
+
+    fd: int
+    kind: NativeKind
+    memory_alignment: int
+    durable: bool
+    """An fdatasync and RWF_DSYNC say all there is to say of what was written. Not where an earlier
+    flush's failure has to be remembered (group_flush.py)."""
 
 
 class HostFile(ABC):
@@ -62,6 +87,13 @@ class HostFile(ABC):
     def detach(self) -> None:
         """Lets go of the context. The file must be quiet. Context: any thread."""
         self._ctx = None
+
+    def native_io(self) -> NativeIo | None:
+        """How C code may do what start_read and start_write do; None if only Python may.
+
+        Holds while the file is open.
+        """
+        return None
 
     @abstractmethod
     def size_bytes(self) -> int:

@@ -26,7 +26,7 @@ from typing import Any, Final, TypeVar
 
 from blockemu.loop._libaio import lib
 from blockemu.loop.blocking_io import read_fully, write_fully
-from blockemu.loop.file_engine import Done
+from blockemu.loop.file_engine import Done, NativeIo, NativeKind
 from blockemu.loop.posix_file import PosixFile
 from blockemu.loop.transfer_batches import TransferBatches
 
@@ -53,6 +53,11 @@ class PageCacheFile(PosixFile):
         self._reads_nowait = inline and _takes_nowait(fd)
         self._reads = TransferBatches(is_write=False, requests_max=READS_MAX)
         self._writes = TransferBatches(is_write=True, requests_max=WRITES_MAX)
+
+    def native_io(self) -> NativeIo | None:
+        if not self._reads_nowait:
+            return None
+        return NativeIo(self._fd, NativeKind.NOWAIT, self.memory_alignment, durable=False)
 
     def start_read(self, offset: int, view: memoryview, done: Done) -> int | None:
         got = 0
@@ -85,6 +90,9 @@ class MemoryFilesystemFile(PosixFile):
 
     def __init__(self, fd: int, path: str, *, read_only: bool) -> None:
         super().__init__(fd, path, read_only=read_only, direct=False)
+
+    def native_io(self) -> NativeIo | None:
+        return NativeIo(self._fd, NativeKind.INLINE, self.memory_alignment, durable=True)
 
     def start_read(self, offset: int, view: memoryview, done: Done) -> int | None:
         try:

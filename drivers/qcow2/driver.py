@@ -160,11 +160,12 @@ class Qcow2Driver(BlockDriver):
 
     async def drop_direct_map(self) -> None:
         """Forget the map, which was made for the old size; the next user gets a new one."""
-        if self._map is not None:
-            self._map.hold()  # whoever still has it misses from now on
-            await self._map.wait_idle()
-            self.image.file.child.node.mapped_by.remove(self._map)
-            self._map = self.image.reader.direct_map = None
+        dropped = self._map
+        if dropped is not None:
+            await dropped.close()
+            if dropped is self._map:
+                self._map = self.image.reader.direct_map = None
+                self.image.file.child.node.mapped_by.remove(dropped)
 
     def info(self) -> dict[str, Any]:
         header = self.image.header

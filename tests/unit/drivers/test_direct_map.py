@@ -131,3 +131,29 @@ def test_full_map_is_emptied_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> Non
         direct_map.publish(page * PAGE, page * PAGE, writable=True)
     assert len(direct_map) == 1
     assert direct_map.lookup_read(4 * PAGE, 512) == 4 * PAGE
+
+
+def test_closed_map_misses_for_ever_and_waits_for_pins(ctx: AioContext) -> None:
+    direct_map = make_map()
+    direct_map.publish(0, 0, writable=True)
+    pin = direct_map.pin()
+    task = ctx.spawn(direct_map.close())
+    ctx.poll(blocking=False)
+    assert not task.done()
+    direct_map.unpin(pin)
+    ctx.poll(blocking=False)
+    assert task.done()
+    direct_map.hold()
+    direct_map.release()
+    direct_map.publish(0, PAGE, writable=True)
+    assert direct_map.lookup_read(0, 512) == -1
+
+
+def test_publishing_over_a_full_map_what_it_knows_keeps_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(direct_map_module, "PAGES_MAX", 2)
+    direct_map = make_map()
+    for page in (0, 1, 1):
+        direct_map.publish(page * PAGE, page * PAGE, writable=True)
+    assert len(direct_map) == 2

@@ -19,8 +19,10 @@ from blockemu.loop.buffers import Buffer
 from blockemu.loop.coroutine import Future
 from blockemu.loop.direct_alignment import probe_direct_alignment
 from blockemu.loop.direct_file import DirectFile
+from blockemu.loop.file_engine import NativeKind
 from blockemu.loop.host_file import HostFile, PosixFiles
-from blockemu.loop.page_cache_file import PageCacheFile
+from blockemu.loop.memory_file import MemoryFiles
+from blockemu.loop.page_cache_file import MemoryFilesystemFile, PageCacheFile
 
 BLOCK = 4096
 
@@ -254,6 +256,50 @@ def test_native_falls_back_to_workers_where_context_has_no_aio(path: str, ctx: A
     view = Buffer(BLOCK).view
     assert ctx.run(finish(file.start_read, BLOCK, view)) == BLOCK
     assert bytes(view) == b"\x01" * BLOCK
+    file.close()
+
+
+# For C code
+
+
+@pytest.mark.parametrize("reads_nowait", [True, False])
+def test_page_cache_is_read_natively_where_it_never_waits(
+    path: str, ctx: AioContext, reads_nowait: bool
+) -> None:
+    file = open_file(path, ctx)
+    assert isinstance(file, PageCacheFile)
+    file._reads_nowait = reads_nowait
+    io = file.native_io()
+    assert io == ((file._fd, NativeKind.NOWAIT, 1, False) if reads_nowait else None)
+    file.close()
+
+
+def test_file_that_is_for_workers_only_is_so_natively(path: str, ctx: AioContext) -> None:
+    for file in (
+        PosixFiles(inline=False).open(path, read_only=False, direct=False, aio="native"),
+        PosixFiles().open(path, read_only=False, direct=True, aio="threads"),
+        MemoryFiles().open(path, read_only=False, direct=False, aio="native", create=True),
+    ):
+        assert file.native_io() is None
+        file.close()
+
+
+def test_memory_filesystem_is_native_and_durable(path: str, ctx: AioContext) -> None:
+    fd = os.open(path, os.O_RDWR)
+    file = MemoryFilesystemFile(fd, path, read_only=False)
+    assert file.native_io() == (fd, NativeKind.INLINE, 1, True)
+    file.close()
+
+
+def test_direct_file_is_natively_durable_until_its_tail_is_written(
+    path: str, ctx: AioContext
+) -> None:
+    file = open_file(path, ctx, direct=True, aio="native")
+    assert isinstance(file, DirectFile)
+    alignment = file.memory_alignment
+    assert file.native_io() == (file._fd, NativeKind.AIO, alignment, True)
+    ctx.run(file.write_tail(16 * BLOCK, memoryview(b"tail")))
+    assert file.native_io() == (file._fd, NativeKind.AIO, alignment, False)
     file.close()
 
 
