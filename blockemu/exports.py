@@ -13,12 +13,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blockemu.nbd.protocol import TransmissionFlag
+from blockemu.nbd.statistics import ExportStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from blockemu.drivers.backend import BlockBackend
-    from blockemu.nbd.transmission import Connection
+    from blockemu.nbd.connection import BaseConnection
 
 
 class Export:
@@ -32,6 +33,7 @@ class Export:
         "name",
         "quiet",
         "read_only",
+        "statistics",
     )
 
     def __init__(
@@ -51,8 +53,9 @@ class Export:
         self.read_only = read_only or not backend.writable
         self.description = description
         self.multi_conn = multi_conn
-        self.connections: set[Connection] = set()
+        self.connections: set[BaseConnection] = set()
         self.quiet = False
+        self.statistics = ExportStatistics()
         backend.set_dev_ops(self._drained_begin, self._drained_end)
 
     @property
@@ -71,6 +74,8 @@ class Export:
     def _drained_begin(self) -> None:
         """Context: home thread of `backend.ctx`."""
         self.quiet = True
+        for connection in self.connections:
+            connection.pause()
 
     def _drained_end(self) -> None:
         """Context: home thread of `backend.ctx`."""

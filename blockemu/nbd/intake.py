@@ -50,7 +50,7 @@ class Intake:
         "_refusal",
         "_sock",
         "_spare",
-        "done_with",
+        "_started_ns",
     )
 
     def __init__(self, connection: Connection, sock: socket.socket) -> None:
@@ -62,8 +62,8 @@ class Intake:
         self._refusal = b""
         # Lends its callback to host I/O; becomes a request in flight only if that stays pending.
         self._spare = Request(connection)
-        self.done_with: list[Request] = []
-        """Requests of pending host I/O that are over, to be used again."""
+        # When the batch was begun that is being parsed.
+        self._started_ns = 0
 
     def forget(self) -> None:
         """Nothing more will be read: let go of a payload that is half there."""
@@ -96,15 +96,6 @@ class Intake:
             self._start_write(request)
         return True
 
-    def throw_away(self) -> bool:
-        """Drop what has arrived: nobody will answer it. False when the client has closed."""
-        try:
-            return self._sock.recv_into(self._received.data) > 0
-        except (BlockingIOError, InterruptedError):
-            return True
-        except OSError:
-            return False
-
     def parse(self) -> bool:
         """Begin requests until a bound stops us: True, or there is no whole one left: False.
 
@@ -113,6 +104,8 @@ class Intake:
         nobody has been asked to send yet.
         """
         connection, received = self._connection, self._received
+        self._started_ns = started_ns = connection.ctx.now_ns()
+        reads = read_bytes = writes = write_bytes = 0
         replies, limits = connection.replies, connection.limits
         data, view, position, end = received.data, received.view, received.start, received.end
         unpack, take, give = REQUEST.unpack_from, connection.pool.take, connection.pool.give
@@ -134,85 +127,98 @@ class Intake:
             if connection.export.read_only:
                 plain_write = -1
 
-        while end - position >= HEADER_BYTES:
-            word, cookie, offset, length = unpack(data, position)
-            if budget <= 0:
-                received.start = position
-                connection.go_on_later()
-                return True
-            if length > room:
-                if connection.must_wait(word & 0xFFFF, length):
+        try:
+            while end - position >= HEADER_BYTES:
+                word, cookie, offset, length = unpack(data, position)
+                if budget <= 0:
                     received.start = position
+                    connection.go_on_later()
                     return True
-                room = connection.room()
-            if word == plain_read:
-                if 0 < length <= length_max and (host := lookup_read(offset, length)) >= 0:
-                    buffer = take(length)
-                    payload = buffer.view[:length]
-                    result = start_read(host, payload, spare_done)
-                    if result == length:
-                        position += HEADER_BYTES
-                        budget -= length + request_cost
-                        add_part(SIMPLE_REPLY_OK + cookie)
-                        add_part(payload)
-                        add_buffer(buffer)
-                        replies.bytes_held += REPLY_BYTES + length
-                        if replies.bytes_held >= EARLY_REPLY_BYTES:
-                            received.start = position
-                            connection.send()
-                            if connection.stopped:
-                                return True
-                        continue
-                    if result is None:
-                        position += HEADER_BYTES
-                        budget -= request_cost  # its bytes aren't moved in this round
-                        spare = self._spare
-                        spare.command, spare.cookie = READ, cookie
-                        spare.offset, spare.length = offset, length
-                        spare_done = self._pend(spare, buffer, direct_map)
-                        room = connection.room()
-                        continue
-                    give(buffer)
-            elif word == plain_write:
-                payload_at = position + HEADER_BYTES
-                after = payload_at + length
-                if payload_at < after <= end and (host := lookup_write(offset, length)) >= 0:
-                    payload = view[payload_at:after]
-                    if not in_place:
+                if length > room:
+                    if connection.must_wait(word & 0xFFFF, length):
+                        received.start = position
+                        return True
+                    room = connection.room()
+                if word == plain_read:
+                    if 0 < length <= length_max and (host := lookup_read(offset, length)) >= 0:
                         buffer = take(length)
-                        target = buffer.view[:length]
-                        target[:] = payload
-                        payload = target
-                    result = start_write(host, payload, spare_done)
-                    if result is None:
-                        assert not in_place, "writes_inline was promised"
-                        position = after
-                        budget -= length + request_cost
-                        spare = self._spare
-                        spare.command, spare.cookie = WRITE, cookie
-                        spare.offset, spare.length = offset, length
-                        spare_done = self._pend(spare, buffer, direct_map)
-                        room = connection.room()
-                        continue
-                    if not in_place:
+                        payload = buffer.view[:length]
+                        result = start_read(host, payload, spare_done)
+                        if result == length:
+                            position += HEADER_BYTES
+                            budget -= length + request_cost
+                            reads += 1
+                            read_bytes += length
+                            add_part(SIMPLE_REPLY_OK + cookie)
+                            add_part(payload)
+                            add_buffer(buffer)
+                            replies.bytes_held += REPLY_BYTES + length
+                            if replies.bytes_held >= EARLY_REPLY_BYTES:
+                                received.start = position
+                                connection.send()
+                                if connection.stopped:
+                                    return True
+                            continue
+                        if result is None:
+                            position += HEADER_BYTES
+                            budget -= request_cost  # its bytes aren't moved in this round
+                            spare = self._spare
+                            spare.command, spare.cookie = READ, cookie
+                            spare.offset, spare.length = offset, length
+                            spare_done = self._pend(spare, buffer, direct_map)
+                            room = connection.room()
+                            continue
                         give(buffer)
-                    if result == length:
-                        position = after
-                        budget -= length + request_cost
-                        add_part(SIMPLE_REPLY_OK + cookie)
-                        replies.bytes_held += REPLY_BYTES
-                        continue
-            received.start = position
-            if not self._begin(word, cookie, offset, length):
-                break
-            if connection.stopped:
-                return True
-            position, end = received.start, received.end
-            budget -= request_cost
-            room = connection.room()
-        else:
-            received.start = position
-        return False
+                elif word == plain_write:
+                    payload_at = position + HEADER_BYTES
+                    after = payload_at + length
+                    if payload_at < after <= end and (host := lookup_write(offset, length)) >= 0:
+                        payload = view[payload_at:after]
+                        if not in_place:
+                            buffer = take(length)
+                            target = buffer.view[:length]
+                            target[:] = payload
+                            payload = target
+                        result = start_write(host, payload, spare_done)
+                        if result is None:
+                            assert not in_place, "writes_inline was promised"
+                            position = after
+                            budget -= length + request_cost
+                            spare = self._spare
+                            spare.command, spare.cookie = WRITE, cookie
+                            spare.offset, spare.length = offset, length
+                            spare_done = self._pend(spare, buffer, direct_map)
+                            room = connection.room()
+                            continue
+                        if not in_place:
+                            give(buffer)
+                        if result == length:
+                            position = after
+                            budget -= length + request_cost
+                            writes += 1
+                            write_bytes += length
+                            add_part(SIMPLE_REPLY_OK + cookie)
+                            replies.bytes_held += REPLY_BYTES
+                            continue
+                received.start = position
+                if not self._begin(word, cookie, offset, length):
+                    break
+                if connection.stopped:
+                    return True
+                position, end = received.start, received.end
+                budget -= request_cost
+                room = connection.room()
+            else:
+                received.start = position
+            return False
+        finally:
+            if reads or writes:
+                took_ns = (connection.ctx.now_ns() - started_ns) // (reads + writes)
+                statistics = connection.export.statistics
+                if reads:
+                    statistics.reads.count_batch(reads, read_bytes, reads * took_ns)
+                if writes:
+                    statistics.writes.count_batch(writes, write_bytes, writes * took_ns)
 
     def _pend(
         self, request: Request, buffer: Buffer, direct_map: DirectMap | None
@@ -220,10 +226,11 @@ class Intake:
         """The spare request's host I/O is pending: it is in flight from now on. Returns the
         callback of the next spare."""
         assert direct_map is not None
+        request.started_ns = self._started_ns
         request.buffer = buffer
         request.map, request.pin = direct_map, direct_map.pin()
         self._connection.admit_data(request.length)
-        done_with = self.done_with
+        done_with = self._connection.done_with
         self._spare = spare = done_with.pop() if done_with else Request(self._connection)
         return spare.done
 
@@ -242,13 +249,14 @@ class Intake:
         )
         payload_bytes = length if command == WRITE else 0
         if error:
-            return self._refuse(cookie, error, payload_bytes)
+            return self._refuse(command, cookie, error, payload_bytes)
         arrived = received.end - received.start - HEADER_BYTES
         if arrived < payload_bytes <= WAIT_BYTES_MAX:
             return False
         received.start += HEADER_BYTES
         request = Request(connection)
         request.describe(command, flags, cookie, offset=offset, length=length)
+        request.started_ns = self._started_ns
         connection.admit(request)
         if not payload_bytes:
             connection.ctx.spawn(request.serve())
@@ -261,12 +269,13 @@ class Intake:
         self._start_write(request)
         return True
 
-    def _refuse(self, cookie: bytes, error: NbdError, payload_bytes: int) -> bool:
+    def _refuse(self, command: int, cookie: bytes, error: NbdError, payload_bytes: int) -> bool:
         """Answer a request with an error, after its payload has been dropped."""
         connection, received = self._connection, self._received
         if payload_bytes > connection.limits.discard_length_max:
             connection.finish(f"a refused payload of {payload_bytes} bytes")
             return False
+        connection.count(command, 0, error, connection.ctx.now_ns() - self._started_ns)
         refusal = SIMPLE_REPLY.pack(NBD_SIMPLE_REPLY_MAGIC, error, cookie)
         received.start += HEADER_BYTES
         received.discard(payload_bytes)

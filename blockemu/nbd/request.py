@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from blockemu.exports import Export
     from blockemu.limits import Limits
     from blockemu.loop.buffers import Buffer
-    from blockemu.nbd.transmission import Connection
+    from blockemu.nbd.connection import BaseConnection
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +76,9 @@ def check(
 class Request:
     """Context: home thread of the connection.
 
-    `buffer` holds the data of a WRITE, and takes that of a READ; the connection owns it again when
-    the request is over. `map` and `pin` are set while a host I/O of the fast path is pending.
+    `started_ns` is when it was parsed. `buffer` holds the data of a WRITE, and takes that of a
+    READ; the connection owns it again when the request is over. `map` and `pin` are set while a
+    host I/O of the fast path is pending.
     """
 
     __slots__ = (
@@ -91,15 +92,17 @@ class Request:
         "map",
         "offset",
         "pin",
+        "started_ns",
     )
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: BaseConnection) -> None:
         self.connection = connection
         self.command = READ
         self.flags = 0
         self.cookie = b""
         self.offset = 0
         self.length = 0
+        self.started_ns = 0
         self.buffer: Buffer | None = None
         self.map: DirectMap | None = None
         self.pin: Pin | None = None
@@ -129,7 +132,7 @@ class Request:
         self.map = self.pin = None
         if result == self.length:
             self.connection.finish_request(self, NbdError.NBD_SUCCESS)
-            self.connection.intake.done_with.append(self)
+            self.connection.done_with.append(self)
         else:
             self.connection.ctx.spawn(self.serve())
 

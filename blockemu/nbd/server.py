@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from blockemu.loop.sync import WaitQueue
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from blockemu.exports import Export, ExportTable
     from blockemu.limits import Limits
     from blockemu.loop.aio_context import AioContext
+    from blockemu.nbd.connection import BaseConnection
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class NbdServer:
         self._limits = limits
         self._listeners: list[socket.socket] = []
         self._negotiating: set[NegotiationStream] = set()
-        self._connections: set[Connection] = set()
+        self._connections: set[BaseConnection] = set()
         self._accepting = False
         self._closing = False
         self._left = WaitQueue()
@@ -90,7 +92,7 @@ class NbdServer:
         while self._of(export):
             await self._left.wait()
 
-    def _of(self, export: Export) -> list[Connection]:
+    def _of(self, export: Export) -> list[BaseConnection]:
         return [connection for connection in self._connections if connection.export is export]
 
     # --- accepting ---
@@ -167,17 +169,37 @@ class NbdServer:
         def closed() -> None:
             self._ctx.schedule_oneshot(lambda: self._closed(connection))
 
-        connection = Connection(sock, export, limits=self._limits, on_closed=closed, peer=peer)
+        connection = make_connection(sock, export, limits=self._limits, on_closed=closed, peer=peer)
         self._connections.add(connection)
         connection.ctx.schedule_oneshot(connection.start)
 
-    def _closed(self, connection: Connection) -> None:
+    def _closed(self, connection: BaseConnection) -> None:
         self._connections.discard(connection)
         self._gone()
 
     def _gone(self) -> None:
         self._update_accepting()
         self._left.wake_all()
+
+
+def make_connection(
+    sock: socket.socket,
+    export: Export,
+    *,
+    limits: Limits,
+    on_closed: Callable[[], None],
+    peer: str = "",
+) -> BaseConnection:
+    """A connection in transmission: C moves its data where the export's context has a native poll.
+
+    Context: any thread; then have the home thread call `start`.
+    """
+    if export.backend.ctx.native is None:
+        return Connection(sock, export, limits=limits, on_closed=on_closed, peer=peer)
+    # Here, since without a native poll the extension isn't needed.
+    from blockemu.nbd.native_connection import NativeConnection
+
+    return NativeConnection(sock, export, limits=limits, on_closed=on_closed, peer=peer)
 
 
 def peer_name(sock: socket.socket, address: object) -> str:

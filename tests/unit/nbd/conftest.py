@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both ends of a connection, the server's and the client's, on a clock that doesn't move."""
+"""Both ends of a connection, the server's and the client's, on a clock that doesn't move.
+
+Each test runs twice: once with connections whose data Python moves, and once with native ones; so
+that both answer the same. What only one of them can show is marked `kind_only("python", reason)`.
+The fake backends' file is no native one, so a native connection reaches it by way of faults;
+test_native_connection.py has real files.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +20,27 @@ from blockemu.exports import Export, ExportTable
 from blockemu.limits import Limits
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.clock import VirtualClock
+from blockemu.nbd.connection import BaseConnection
 from blockemu.nbd.protocol import EXPORT_NAME_REPLY, Option
-from blockemu.nbd.server import NbdServer
+from blockemu.nbd.server import NbdServer, make_connection
 from blockemu.nbd.transmission import Connection
 from tests.unit.nbd.client import Client
 from tests.unit.nbd.fakes import FakeBackend
 
 DISK_BYTES = 2 << 20
+
+
+KINDS = ("python", "native")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "kind_only(kind, reason): only for connections of this kind")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "kind" in metafunc.fixturenames:
+        only = metafunc.definition.get_closest_marker("kind_only")
+        metafunc.parametrize("kind", only.args[:1] if only is not None else KINDS)
 
 
 @pytest.fixture
@@ -29,9 +49,9 @@ def clock() -> VirtualClock:
 
 
 @pytest.fixture
-def ctx(clock: VirtualClock) -> Iterator[AioContext]:
+def ctx(clock: VirtualClock, kind: str) -> Iterator[AioContext]:
     """The one context; what goes wrong in it without anybody to tell fails the test."""
-    ctx = AioContext("test", clock=clock)
+    ctx = AioContext("test", clock=clock, native=kind == "native")
     errors: list[tuple[str, Exception]] = []
     ctx.exception_handler = lambda what, error: errors.append((what, error))
     yield ctx
@@ -43,11 +63,20 @@ def ctx(clock: VirtualClock) -> Iterator[AioContext]:
 class Served:
     """A connection in transmission."""
 
-    connection: Connection
+    connection: BaseConnection
     client: Client
     backend: FakeBackend
     export: Export
     closed: list[bool] = field(default_factory=list)
+
+    @property
+    def inside(self) -> Connection | None:
+        """The connection, for looks into what only Python's kind has."""
+        return self.connection if isinstance(self.connection, Connection) else None
+
+    def until_closed(self) -> None:
+        """Nothing of it is left. A native one tells in the next round."""
+        self.client.until(lambda: self.closed == [True])
 
 
 Serve = Callable[..., Served]
@@ -81,7 +110,7 @@ def serve(ctx: AioContext) -> Iterator[Serve]:
         backend = backend or FakeBackend(ctx, length_bytes, mapped=mapped)
         export = export or Export("disk", backend.as_backend, read_only=read_only)
         closed: list[bool] = []
-        connection = Connection(
+        connection = make_connection(
             ours, export, limits=limits or Limits(), on_closed=lambda: closed.append(True)
         )
         served = Served(connection, Client(theirs, ctx), backend, export, closed)

@@ -55,6 +55,9 @@ class FakeFile:
 
         return self._start("write", offset, view, move, done)
 
+    def native_io(self) -> None:
+        """C can't reach a file in memory."""
+
     def complete(self, index: int = 0, result: int | None = None) -> None:
         """End a pending request: well, or with `result`."""
         move, done = self.pending.pop(index)

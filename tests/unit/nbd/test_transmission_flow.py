@@ -86,6 +86,7 @@ def test_writes_survive_any_cut(serve: Serve, mapped: bool, length: int) -> None
     assert served.backend.disk[: 8 * length] == content
 
 
+@pytest.mark.kind_only("python", "a fault's reply leaves in the round after")
 def test_a_batch_is_begun_in_one_round_and_answered_in_one(serve: Serve) -> None:
     served = serve(mapped=True)
     served.client.send_some(reads(20, 512))
@@ -93,6 +94,7 @@ def test_a_batch_is_begun_in_one_round_and_answered_in_one(serve: Serve) -> None
     assert len(served.client.sock.recv(MIB)) == 20 * (SIMPLE_REPLY.size + 512)
 
 
+@pytest.mark.kind_only("python", "looks into its queue of replies")
 def test_big_replies_leave_before_the_end_of_the_round(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +104,8 @@ def test_big_replies_leave_before_the_end_of_the_round(
     start_read = file.start_read
 
     def spy(offset: int, view: memoryview, done: object) -> int | None:
-        sends.append(len(served.connection.replies.parts))
+        assert served.inside is not None
+        sends.append(len(served.inside.replies.parts))
         return start_read(offset, view, done)  # type: ignore[arg-type]
 
     monkeypatch.setattr(file, "start_read", spy)
@@ -170,9 +173,11 @@ def test_a_client_that_floods_is_not_read(serve: Serve, mapped: bool) -> None:
         served.client.send_some(write * 200)
         served.client.rounds()
     assert len(backend.waiting) + len(file.pending) == 4
-    assert served.connection.intake._received.end <= 512 * KIB
+    if served.inside is not None:
+        assert served.inside.intake._received.end <= 512 * KIB
 
 
+@pytest.mark.kind_only("python", "looks into its queue of replies")
 @both_paths
 def test_a_client_that_leaves_its_replies_unread_is_not_read(serve: Serve, mapped: bool) -> None:
     served = serve(mapped=mapped)
@@ -181,7 +186,8 @@ def test_a_client_that_leaves_its_replies_unread_is_not_read(serve: Serve, mappe
     for i in range(50):
         served.client.send_some(reads(200, 64 * KIB))
         served.client.rounds(2)
-        held.append(served.connection.replies.bytes_held)
+        assert served.inside is not None
+        held.append(served.inside.replies.bytes_held)
         if i > 10 and not mapped:
             assert not served.backend.waiting
     # What was in flight when the socket filled up may still be answered; no more.
@@ -219,6 +225,7 @@ def test_more_replies_than_one_call_may_gather_all_leave(serve: Serve) -> None:
     assert sorted(served.client.reply(1)[0] for _ in range(1500)) == list(range(1500))
 
 
+@pytest.mark.kind_only("python", "looks into its queue of replies and its pool")
 def test_buffers_come_back(serve: Serve, ctx: AioContext) -> None:
     served = serve(mapped=True)
     shrink(served)
@@ -226,9 +233,10 @@ def test_buffers_come_back(serve: Serve, ctx: AioContext) -> None:
     for _ in range(16):
         served.client.reply(64 * KIB)
     served.client.rounds()
-    assert not served.connection.replies.buffers
+    assert served.inside is not None
+    assert not served.inside.replies.buffers
     assert ctx.buffers.retained_bytes > 0
-    assert served.connection.room() == Limits().in_flight_bytes_max
+    assert served.inside.room() == Limits().in_flight_bytes_max
 
 
 # --- neighbours ---
@@ -244,7 +252,8 @@ def test_work_in_a_round_is_bounded(serve: Serve) -> None:
         before = len(calls)
         served.client.rounds(1)
         counts.append(len(calls) - before)
-    assert max(counts) <= 9
+    # C's pass calls those who want to go on after those who have input: its first may do both.
+    assert max(counts) <= (9 if served.inside is not None else 16)
     for _ in range(100):
         served.client.reply(512)
 
@@ -266,7 +275,8 @@ def test_a_stalled_client_doesnt_hold_up_another(serve: Serve) -> None:
     shrink(stalled)
     stalled.client.send_some(reads(100, 64 * KIB))
     stalled.client.rounds()
-    assert stalled.connection.stopped
+    if stalled.inside is not None:
+        assert stalled.inside.stopped
     for i in range(50):
         other.client.request(READ, cookie=i, length=4096)
         assert other.client.reply(4096)[:2] == (i, 0)

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import blockemu
 from blockemu.loop.aio_context import AioContext
+from blockemu.nbd.statistics import ExportStatistics
 from blockemu.qmp import dispatch, monitor
 from blockemu.qmp.command import Command, Session
 from blockemu.qmp.commands import COMMANDS
@@ -223,6 +225,31 @@ def test_quit_is_answered_and_stops_the_daemon(client: LoopClient, daemon: Any) 
 
 def test_query_block_exports_without_any_is_empty(client: LoopClient) -> None:
     assert client.execute("query-block-exports") == {"return": []}
+
+
+def test_export_stats_without_any_export_are_empty(client: LoopClient) -> None:
+    assert client.execute("x-query-export-stats") == {"return": []}
+
+
+def test_export_stats_tell_each_operation(client: LoopClient, daemon: Any) -> None:
+    statistics = ExportStatistics()
+    statistics.count(1, 4096, 0, 1000)
+    statistics.count(1, 4096, 5, 3000)
+    daemon.exports.append(SimpleNamespace(name="disk", statistics=statistics))
+    (export,) = client.execute("x-query-export-stats")["return"]
+    assert (export["id"], export["faults"]) == ("disk", 0)
+    figures = {operation.pop("operation"): operation for operation in export["operations"]}
+    assert list(figures) == ["read", "write", "flush", "trim", "write-zeroes"]
+    assert set(figures["read"].values()) == {0}
+    assert figures["write"] == {
+        "requests": 2,
+        "bytes": 4096,
+        "errors": 1,
+        "latency-mean-ns": 2000,
+        "latency-p50-ns": 1023,
+        "latency-p99-ns": 4054,
+        "latency-p999-ns": 4090,
+    }
 
 
 def test_query_iothreads_without_any_is_empty(client: LoopClient) -> None:
