@@ -2,14 +2,15 @@
 """Command line of the benchmark: ``python -m benchmarks``, or ``make bench``.
 
 Runs what is installed, says what is missing, prints as it goes, and ends with the targets.
-``--check`` makes a missed target an exit status of 1.
+``--check`` makes a missed target an exit status of 1. Three parts: the servers side by side, an
+export's isolation from a busy main thread, and two IOThreads at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -18,17 +19,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contestants import CONTESTANTS, EXTRA_CONTESTANTS, Contestant, Stand
+from benchmarks.contestants import CONTESTANTS, EXTRA_CONTESTANTS, OURS, Contestant, Stand
 from benchmarks.images import copy_image, make_master, takes_direct_io
+from benchmarks.iothreads import iothreads_section, run_iothreads
+from benchmarks.isolation import run_isolation
+from benchmarks.isolation_report import QSD, isolation_section
 from benchmarks.machine import describe_machine
 from benchmarks.measure import Sample, run_setting
-from benchmarks.report import markdown_page, text_table, text_verdicts
+from benchmarks.options import (
+    IOTHREADS,
+    ISOLATION,
+    SERVERS,
+    choose_contestants,
+    choose_parts,
+    choose_targets,
+    choose_workloads,
+    chosen,
+    parse_arguments,
+    runs_everything,
+)
+from benchmarks.report import Page, markdown_page, text_section, text_table, text_verdicts
+from benchmarks.section import Section
 from benchmarks.summary import summarise
-from benchmarks.targets import judge
-from benchmarks.workloads import MIB, QUICK_WORKLOADS, SETTINGS, WORKLOADS, Setting, Workload
-
-ROUNDS, RUNTIME_S = 5, 2.0
-QUICK_ROUNDS, QUICK_RUNTIME_S = 3, 1.0
+from benchmarks.targets import Verdict, judge, unmeasured
+from benchmarks.workloads import MIB, SETTINGS, WORKLOADS, Setting, Workload
 
 
 def say(text: str) -> None:
@@ -36,73 +50,27 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer workloads, shorter rounds")
-    parser.add_argument(
-        "--rounds", type=int, help=f"rounds per workload ({ROUNDS}; {QUICK_ROUNDS} with --quick)"
-    )
-    parser.add_argument(
-        "--runtime", type=float, help=f"seconds per round ({RUNTIME_S:g}; {QUICK_RUNTIME_S:g})"
-    )
-    parser.add_argument("--size", type=int, default=512, help="image size in MiB (512)")
-    parser.add_argument("--workload", action="append", metavar="GLOB", help="only these workloads")
-    parser.add_argument(
-        "--setting",
-        action="append",
-        metavar="GLOB",
-        help="only these: raw-cache, qcow2-direct, ...",
-    )
-    parser.add_argument("--server", action="append", metavar="GLOB", help="only these servers")
-    parser.add_argument(
-        "--cache-dir", type=Path, default=Path("/dev/shm"), help="where page-cache images go"
-    )
-    parser.add_argument(
-        "--direct-dir", type=Path, default=Path("/var/tmp"), help="where O_DIRECT images go"
-    )
-    parser.add_argument(
-        "--json", type=Path, metavar="PATH", help="write samples, medians and ratios here"
-    )
-    parser.add_argument("--markdown", type=Path, metavar="PATH", help="write the report page here")
-    parser.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
-    parser.add_argument("--list", action="store_true", help="print settings, workloads and servers")
-    return parser.parse_args(words)
-
-
-def chosen(name: str, patterns: Sequence[str] | None) -> bool:
-    """Whether a name passes a filter."""
-    return not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def choose_workloads(options: argparse.Namespace) -> list[Workload]:
-    """The workloads of this run."""
-    if options.workload:
-        return [workload for workload in WORKLOADS if chosen(workload.name, options.workload)]
-    return [
-        workload for workload in WORKLOADS if not options.quick or workload.name in QUICK_WORKLOADS
-    ]
-
-
-def choose_contestants(options: argparse.Namespace) -> list[Contestant]:
-    """The servers of this run; the extra ones only when they are asked for."""
-    pool = [*CONTESTANTS, *EXTRA_CONTESTANTS] if options.server else CONTESTANTS
-    wanted = [contestant for contestant in pool if chosen(contestant.name, options.server)]
-    for contestant in wanted:
-        if contestant.missing:
-            say(f"{contestant.name} doesn't take part: {contestant.program} is not installed")
-    return [contestant for contestant in wanted if not contestant.missing]
-
-
 @dataclass
 class Run:
     """One run of the benchmark: options in, samples out."""
 
     options: argparse.Namespace
-    rounds: int
-    runtime_s: float
     samples: list[Sample] = field(default_factory=list)
     peak_rss_kib: dict[str, dict[str, int]] = field(default_factory=dict)
+    sections: list[Section] = field(default_factory=list)
+
+    def run_servers(self) -> None:
+        """The servers side by side, in every setting."""
+        present = []
+        for contestant in choose_contestants(self.options):
+            if contestant.missing:
+                say(f"{contestant.name} doesn't take part: {contestant.program} is not installed")
+            else:
+                present.append(contestant)
+        workloads = choose_workloads(self.options)
+        for setting in SETTINGS:
+            if chosen(setting.name, self.options.setting):
+                self.run_setting(setting, workloads, [c for c in present if c.takes_part(setting)])
 
     def run_setting(
         self, setting: Setting, workloads: Sequence[Workload], contestants: Sequence[Contestant]
@@ -139,8 +107,8 @@ class Run:
                     setting,
                     stands,
                     [workload],
-                    rounds=self.rounds,
-                    runtime_s=self.runtime_s,
+                    rounds=self.options.rounds,
+                    runtime_s=self.options.runtime,
                     complain=say,
                 )
             )
@@ -148,23 +116,90 @@ class Run:
             for case in summarise(found):
                 say(text_table(case) + "\n")
 
+    def run_isolation(self) -> None:
+        """An export beside a busy main thread."""
+        servers = [OURS]
+        if shutil.which("qemu-storage-daemon"):
+            servers.append(QSD)
+        else:
+            say("isolation: qemu-storage-daemon is not installed: there is nothing to compare with")
+        with tempfile.TemporaryDirectory(prefix="bench-", dir=self.options.cache_dir) as name:
+            samples = run_isolation(
+                Path(name),
+                servers,
+                rounds=self.options.rounds,
+                runtime_s=self.options.runtime,
+                complain=say,
+            )
+        self._add(isolation_section(samples))
+
+    def run_iothreads(self) -> None:
+        """Two IOThreads at once."""
+        with tempfile.TemporaryDirectory(prefix="bench-", dir=self.options.cache_dir) as name:
+            samples = run_iothreads(
+                Path(name),
+                rounds=self.options.rounds,
+                runtime_s=self.options.runtime,
+                complain=say,
+            )
+        self._add(iothreads_section(samples))
+
+    def _add(self, section: Section) -> None:
+        self.sections.append(section)
+        say(text_section(section) + "\n")
+
+    def verdicts(self) -> list[Verdict]:
+        """Of all that was measured."""
+        cases = summarise(self.samples)
+        found = judge(cases, self.peak_rss_kib, choose_targets(self.options))
+        return [*found, *(verdict for one in self.sections for verdict in one.verdicts)]
+
+    def unmeasured(self) -> list[str]:
+        """The targets of the chosen parts that nothing was measured for."""
+        parts = choose_parts(self.options)
+        missing = []
+        if SERVERS in parts:
+            missing += unmeasured(summarise(self.samples), choose_targets(self.options))
+        missing += [
+            f"{one.title}: {one.verdicts_wanted - len(one.verdicts)} of its targets"
+            for one in self.sections
+            if len(one.verdicts) < one.verdicts_wanted
+        ]
+        return missing
+
     def results(self, machine: dict[str, str]) -> dict[str, Any]:
         """Everything, for JSON."""
-        cases = summarise(self.samples)
-        verdicts = judge(cases, self.peak_rss_kib)
         return {
             "machine": machine,
-            "rounds": self.rounds,
-            "runtime_s": self.runtime_s,
+            "rounds": self.options.rounds,
+            "runtime_s": self.options.runtime,
             "image_mib": self.options.size,
-            "cases": [case.as_json() for case in cases],
+            "python_only": self.options.python_only,
+            "cases": [case.as_json() for case in summarise(self.samples)],
+            "sections": [section.as_json() for section in self.sections],
             "targets": [
                 {"what": v.what, "wanted": v.wanted, "found": v.found, "reached": v.reached}
-                for v in verdicts
+                for v in self.verdicts()
             ],
+            "targets_not_measured": self.unmeasured(),
             "peak_rss_kib": self.peak_rss_kib,
             "samples": [sample.as_json() for sample in self.samples],
         }
+
+    def page(self, machine: dict[str, str]) -> str:
+        """Everything, as Markdown."""
+        return markdown_page(
+            Page(
+                cases=summarise(self.samples),
+                sections=self.sections,
+                verdicts=self.verdicts(),
+                machine=machine,
+                peak_rss_kib=self.peak_rss_kib,
+                rounds=self.options.rounds,
+                runtime_s=self.options.runtime,
+                python_only=self.options.python_only,
+            )
+        )
 
 
 def print_choices() -> None:
@@ -177,49 +212,60 @@ def print_choices() -> None:
         say(f"{title}: {', '.join(names)}")
 
 
+def choose_native(options: argparse.Namespace) -> None:
+    """Whether blockemu uses its C code: said by the option alone, whatever our environment says.
+
+    Every server inherits it; only blockemu looks at it.
+    """
+    os.environ.pop("BLOCKEMU_NATIVE", None)
+    if options.python_only:
+        os.environ["BLOCKEMU_NATIVE"] = "0"
+
+
+def conclude(run: Run) -> bool:
+    """Print memory and targets; whether all is well."""
+    if run.peak_rss_kib:
+        say("peak memory, MiB:")
+    for name, found in run.peak_rss_kib.items():
+        say(
+            f"  {name}: " + ", ".join(f"{server} {kib / 1024:.0f}" for server, kib in found.items())
+        )
+    verdicts = run.verdicts()
+    missing = run.unmeasured() if runs_everything(run.options) else []
+    if verdicts:
+        say("targets:\n" + text_verdicts(verdicts))
+    for what in missing:
+        say(f"  not measured: {what}")
+    return bool(verdicts) and not missing and all(verdict.reached for verdict in verdicts)
+
+
 def main() -> int:
     """Run the benchmark; the exit status."""
-    options = parse_arguments()
+    options = parse_arguments(description=__doc__)
     if options.list:
         print_choices()
         return 0
     for program in ("fio", "qemu-img"):
         if shutil.which(program) is None:
             sys.exit(f"the benchmark needs {program}")
+    choose_native(options)
     machine = describe_machine(cache_dir=options.cache_dir, direct_dir=options.direct_dir)
-    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-    run = Run(options, rounds, options.runtime or (QUICK_RUNTIME_S if options.quick else RUNTIME_S))
-    workloads, contestants = choose_workloads(options), choose_contestants(options)
-    for setting in SETTINGS:
-        if chosen(setting.name, options.setting):
-            run.run_setting(
-                setting, workloads, [one for one in contestants if one.takes_part(setting)]
-            )
-    cases = summarise(run.samples)
-    verdicts = judge(cases, run.peak_rss_kib)
-    say("peak memory, MiB:")
-    for name, found in run.peak_rss_kib.items():
-        say(
-            f"  {name}: " + ", ".join(f"{server} {kib / 1024:.0f}" for server, kib in found.items())
-        )
-    if verdicts:
-        say("targets:\n" + text_verdicts(verdicts))
+    run = Run(options)
+    parts = {
+        SERVERS: run.run_servers,
+        ISOLATION: run.run_isolation,
+        IOTHREADS: run.run_iothreads,
+    }
+    for part in choose_parts(options):
+        parts[part]()
+    well = conclude(run)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(run.results(machine), indent=1) + "\n")
     if options.markdown:
-        page = markdown_page(
-            cases,
-            verdicts,
-            machine=machine,
-            peak_rss_kib=run.peak_rss_kib,
-            rounds=run.rounds,
-            runtime_s=run.runtime_s,
-        )
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
-        options.markdown.write_text(page)
-    missed = options.check and not (verdicts and all(verdict.reached for verdict in verdicts))
-    return 1 if missed else 0
+        options.markdown.write_text(run.page(machine))
+    return 1 if options.check and not well else 0
 
 
 if __name__ == "__main__":

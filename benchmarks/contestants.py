@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.decoy import Decoy
+from benchmarks.roofline import Roofline, compiler
 from benchmarks.workloads import Setting
 from tests.peers.blockemu import BlockemuDaemon
 from tests.peers.nbdkit import NbdKit
@@ -21,6 +22,8 @@ from tests.peers.process import ServerFailed, ServerProcess, nbd_uri
 from tests.peers.qemu import QemuStorageDaemon
 
 OURS = "blockemu"
+NBDKIT = "nbdkit"
+ROOFLINE = "roofline"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,9 @@ class Contestant:
 
     @property
     def missing(self) -> bool:
-        """Whether its program isn't installed."""
+        """Whether its program (the roofline's: a C compiler) isn't installed."""
+        if self.name == ROOFLINE:
+            return compiler() is None
         return self.program is not None and shutil.which(self.program) is None
 
 
@@ -75,15 +80,24 @@ def _nbdkit(image: Path, setting: Setting, socket_path: Path) -> ServerProcess:
     return NbdKit(image, socket_path=socket_path, export="disk")
 
 
+def _roofline(image: Path, setting: Setting, socket_path: Path) -> ServerProcess:
+    assert setting.fmt == "raw"
+    return Roofline(image, socket_path=socket_path)
+
+
+def _raw_in_page_cache(setting: Setting) -> bool:
+    return setting.fmt == "raw" and not setting.direct
+
+
 CONTESTANTS = (
     Contestant(OURS, None, lambda setting: True, _blockemu),
     _qsd("threads", direct=False),
     _qsd("io_uring", direct=False),
     _qsd("native", direct=True),
     # nbdkit's file plugin knows neither qcow2 nor O_DIRECT.
-    Contestant(
-        "nbdkit", "nbdkit", lambda setting: setting.fmt == "raw" and not setting.direct, _nbdkit
-    ),
+    Contestant(NBDKIT, "nbdkit", _raw_in_page_cache, _nbdkit),
+    # Not a peer but a bound: see benchmarks.roofline.
+    Contestant(ROOFLINE, "a C compiler", _raw_in_page_cache, _roofline),
 )
 
 # Not part of a run unless asked for by name: the same daemon without its iothread.

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAMS = ("fio", "qemu-storage-daemon", "nbdkit")
+PROGRAMS = ("fio", "qemu-storage-daemon", "nbdkit", "cc")
 
 
 def _cpu_model() -> str:

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from benchmarks.contestants import Stand
 from benchmarks.cpu_clock import process_cpu_ns
+from benchmarks.load import run_load
 from benchmarks.workloads import Setting, Workload
-from tests.peers.fio import Fio
 from tests.peers.process import ServerFailed
 from tests.peers.qemu import ToolFailed
 
@@ -34,6 +34,7 @@ class Sample:
     iops: float
     mb_per_s: float
     cpu_us_per_request: float
+    mean_us: float
     p50_us: float
     p99_us: float
 
@@ -55,10 +56,9 @@ def measure_once(stand: Stand, workload: Workload, turn: int, runtime_s: float) 
     """
     with stand.serving() as (server, uri):
         cpu_before = process_cpu_ns(server.pid)
-        found = Fio(uri).run(
-            pattern=workload.pattern,
-            block_bytes=workload.block_bytes,
-            depth=workload.depth,
+        found = run_load(
+            uri,
+            workload,
             runtime_s=runtime_s,
             under_load=lambda: stand.note_peak_rss(server),
         )
@@ -72,6 +72,7 @@ def measure_once(stand: Stand, workload: Workload, turn: int, runtime_s: float) 
         iops=found.iops,
         mb_per_s=found.bandwidth_bytes / 1e6,
         cpu_us_per_request=(cpu_after - cpu_before) / 1000 / max(found.requests, 1),
+        mean_us=found.mean_us,
         p50_us=found.p50_us,
         p99_us=found.p99_us,
     )

@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from benchmarks.contestants import OURS
-from benchmarks.summary import Case, Line, Spread
+from benchmarks.section import Section
+from benchmarks.summary import Case, Line
 from benchmarks.targets import Verdict
 
-HEADER = ("server", "IOPS", "spread", "MB/s", "CPU us/req", "p50 us", "p99 us", "blockemu / it")
+HEADER = (
+    *("server", "IOPS", "spread", "MB/s", "CPU us/req"),
+    *("mean us", "p50 us", "p99 us", "blockemu / it"),
+)
 
 INTRODUCTION = """\
 # Performance
@@ -25,12 +30,14 @@ rounds. "blockemu / it" is the median of the ratio formed within each round, wit
 the highest: on a virtual machine this holds where absolute numbers drift. "CPU us/req" is all
 processor time of the server process, its ended threads included, per request. `cache` means page
 cache (tmpfs), `direct` O_DIRECT. qemu-storage-daemon runs its export in an iothread; `qsd` in the
-targets is, round by round, the better of its modes.
+targets is, round by round, the better of its modes, `best` the better of those and nbdkit.
+`roofline` is no peer but a bound: a C loop that receives, reads the file and sends, and nothing
+else (benchmarks/native/roofline.c). Latencies are from a request's submission to its reply.
 """
 
-
-def _spread(spread: Spread) -> str:
-    return f"{spread.median:.2f} ({spread.low:.2f}-{spread.high:.2f})"
+PYTHON_ONLY = """
+In this run, blockemu was without its C code (`--python-only`, BLOCKEMU_NATIVE=0).
+"""
 
 
 def _cells(case: Case, line: Line) -> tuple[str, ...]:
@@ -41,24 +48,35 @@ def _cells(case: Case, line: Line) -> tuple[str, ...]:
         f"{line.iops.low:,.0f}-{line.iops.high:,.0f}",
         f"{line.mb_per_s.median:,.0f}",
         f"{line.cpu_us.median:,.1f}",
+        f"{line.mean_us.median:,.0f}",
         f"{line.p50_us.median:,.0f}",
         f"{line.p99_us.median:,.0f}",
-        _spread(ratio) if ratio is not None else "",
+        str(ratio) if ratio is not None else "",
     )
 
 
-def text_table(case: Case) -> str:
-    """One case for the terminal."""
-    rows = [HEADER, *(_cells(case, line) for line in case.lines)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
-    lines = [f"{case.setting}  {case.workload}"]
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
     for row in rows:
         first, *rest = (
             cell.ljust(width) if column == 0 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         lines.append("  " + "  ".join([first, *rest]).rstrip())
-    return "\n".join(lines)
+    return lines
+
+
+def text_table(case: Case) -> str:
+    """One case for the terminal."""
+    rows = [HEADER, *(_cells(case, line) for line in case.lines)]
+    return "\n".join([f"{case.setting}  {case.workload}", *_aligned(rows)])
+
+
+def text_section(section: Section) -> str:
+    """Another measurement for the terminal."""
+    return "\n".join([section.title, *_aligned([section.header, *section.rows])])
 
 
 def text_verdicts(verdicts: Sequence[Verdict]) -> str:
@@ -75,44 +93,68 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> lis
     return [f"| {' | '.join(row)} |" for row in (header, aligned, *rows)]
 
 
-def markdown_page(
-    cases: Sequence[Case],
-    verdicts: Sequence[Verdict],
-    *,
-    machine: Mapping[str, str],
-    peak_rss_kib: Mapping[str, Mapping[str, int]],
-    rounds: int,
-    runtime_s: float,
-) -> str:
-    """The whole of ``docs/performance.md``."""
-    lines = [INTRODUCTION.format(rounds=rounds, runtime=runtime_s), "## The machine", ""]
-    lines += _markdown_table(("what", "value"), list(machine.items()))
-    rows: list[tuple[str, ...]]
-    if verdicts:
-        rows = [(v.what, v.wanted, v.found, "yes" if v.reached else "**no**") for v in verdicts]
-        lines += [
-            "",
-            "## Targets",
-            "",
-            *_markdown_table(("target", "wanted", "measured", "reached"), rows),
-        ]
-    lines += ["", "## Results"]
-    for case in cases:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """What the report page is made of."""
+
+    cases: Sequence[Case]
+    sections: Sequence[Section]
+    verdicts: Sequence[Verdict]
+    machine: Mapping[str, str]
+    peak_rss_kib: Mapping[str, Mapping[str, int]]
+    rounds: int
+    runtime_s: float
+    python_only: bool = False
+
+
+def _targets(page: Page) -> list[str]:
+    if not page.verdicts:
+        return []
+    rows = [(v.what, v.wanted, v.found, "yes" if v.reached else "**no**") for v in page.verdicts]
+    table = _markdown_table(("target", "wanted", "measured", "reached"), rows)
+    return ["", "## Targets", "", *table]
+
+
+def _results(page: Page) -> list[str]:
+    lines = ["", "## Results"] if page.cases else []
+    for case in page.cases:
         rows = [_cells(case, line) for line in case.lines]
         lines += ["", f"### {case.setting}, {case.workload}", "", *_markdown_table(HEADER, rows)]
+    return lines
+
+
+def _memory(page: Page) -> list[str]:
+    if not page.peak_rss_kib:
+        return []
     servers = sorted(
-        {name for found in peak_rss_kib.values() for name in found}, key=lambda n: (n != OURS, n)
+        {name for found in page.peak_rss_kib.values() for name in found},
+        key=lambda name: (name != OURS, name),
     )
     rows = [
         (setting, *(f"{found[name] / 1024:.0f}" if name in found else "" for name in servers))
-        for setting, found in peak_rss_kib.items()
+        for setting, found in page.peak_rss_kib.items()
     ]
-    lines += [
+    return [
         "",
         "## Peak memory",
         "",
         "Peak resident memory (VmHWM) of each daemon under this load, in MiB.",
         "",
+        *_markdown_table(("setting", *servers), rows),
     ]
-    lines += _markdown_table(("setting", *servers), rows)
+
+
+def markdown_page(page: Page) -> str:
+    """The whole of ``docs/performance.md``."""
+    lines = [INTRODUCTION.format(rounds=page.rounds, runtime=page.runtime_s)]
+    if page.python_only:
+        lines[0] += PYTHON_ONLY
+    lines += ["## The machine", ""]
+    lines += _markdown_table(("what", "value"), list(page.machine.items()))
+    lines += _targets(page)
+    for section in page.sections:
+        lines += ["", f"## {section.title}", "", section.introduction]
+        lines += _markdown_table(section.header, section.rows)
+    lines += _results(page)
+    lines += _memory(page)
     return "\n".join(lines) + "\n"

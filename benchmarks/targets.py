@@ -1,32 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The speed and the memory that the project promises, as a table that ``--check`` enforces.
+"""The speed and the memory that the project promises, as tables that ``--check`` enforces.
 
-Ratios are medians of IOPS, blockemu's divided by the peer's in the same round. The peer "qsd" is
-the better of qemu-storage-daemon's modes that took part in that round.
+Ratios are medians of blockemu's number divided by the peer's in the same round: at least so many
+times the peer's IOPS, at most so much of its CPU time per request or of its mean latency. The peer
+"qsd" is the better of qemu-storage-daemon's modes that took part in that round, "best" the better
+of those and nbdkit.
+
+There are two tables: what the daemon promises as it is installed, and what it promises without
+its C code (``--python-only``). The targets of isolation and of several IOThreads stand with their
+measurements, in benchmarks.isolation and benchmarks.iothreads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
-from benchmarks.contestants import OURS
-from benchmarks.summary import QSD_BEST, Case
+from benchmarks.contestants import NBDKIT, OURS, ROOFLINE
+from benchmarks.summary import PEERS_BEST, QSD_BEST, Case, Spread
 
 PEAK_RSS_MIB_MAX = 200
 
 
+class Metric(Enum):
+    """What is compared."""
+
+    IOPS = "IOPS"
+    CPU = "CPU per request"
+    MEAN = "mean latency"
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
-    """At least `ratio` times the peer's IOPS."""
+    """At least `ratio` times the peer's IOPS, or at most `ratio` times its cost."""
 
     setting: str
     workload: str
     ratio: float
     peer: str = QSD_BEST
+    metric: Metric = Metric.IOPS
+
+    @property
+    def what(self) -> str:
+        """Its name in tables."""
+        metric = "" if self.metric is Metric.IOPS else f" {self.metric.value}"
+        return f"{self.setting} {self.workload}{metric} / {self.peer}"
+
+    def found_in(self, case: Case) -> Spread | None:
+        """The ratio that it is about, if `case` has it."""
+        if (case.setting, case.workload) != (self.setting, self.workload):
+            return None
+        ratios = {
+            Metric.IOPS: case.ratios,
+            Metric.CPU: case.cpu_ratios,
+            Metric.MEAN: case.mean_ratios,
+        }
+        return ratios[self.metric].get(self.peer)
 
 
-TARGETS = (
+NATIVE_TARGETS = (
+    Target("raw-cache", "randread-4k-d32", 3.0),
+    Target("qcow2-cache", "randread-4k-d32", 3.0),
+    Target("raw-cache", "randread-4k-d32", 1.3, NBDKIT),
+    Target("raw-cache", "randread-4k-d32", 0.6, NBDKIT, Metric.CPU),
+    Target("raw-cache", "randread-4k-d32", 0.85, ROOFLINE),
+    Target("raw-cache", "randwrite-4k-d32", 2.5),
+    Target("raw-cache", "randwrite-4k-d32", 1.0, NBDKIT),
+    Target("raw-cache", "randread-64k-d16", 1.1, NBDKIT),
+    Target("raw-cache", "read-1m-d8", 1.1, PEERS_BEST),
+    Target("raw-cache", "write-1m-d8", 1.1, PEERS_BEST),
+    Target("raw-cache", "randread-4k-d1", 0.6, QSD_BEST, Metric.MEAN),
+    Target("raw-direct", "randread-4k-d32", 1.3),
+)
+
+PYTHON_TARGETS = (
     *(
         Target(setting, workload, 1.5)
         for setting in ("raw-cache", "qcow2-cache")
@@ -54,23 +102,31 @@ class Verdict:
     found: str
     reached: bool
 
+    @classmethod
+    def at_least(cls, what: str, found: Spread, ratio: float) -> Verdict:
+        """The median is to be `ratio` or more."""
+        return cls(what, f">= {ratio:.2f}x", str(found), found.median >= ratio)
 
-def judge(cases: Sequence[Case], peak_rss_kib: Mapping[str, Mapping[str, int]]) -> list[Verdict]:
+    @classmethod
+    def at_most(cls, what: str, found: Spread, ratio: float) -> Verdict:
+        """The median is to be `ratio` or less."""
+        return cls(what, f"<= {ratio:.2f}x", str(found), found.median <= ratio)
+
+
+def judge(
+    cases: Sequence[Case],
+    peak_rss_kib: Mapping[str, Mapping[str, int]],
+    targets: Sequence[Target] = NATIVE_TARGETS,
+) -> list[Verdict]:
     """A verdict for each target whose workload ran with its peer, and one a setting for memory."""
     verdicts = []
-    for target in TARGETS:
+    for target in targets:
         for case in cases:
-            ratio = case.ratios.get(target.peer)
-            if (case.setting, case.workload) != (target.setting, target.workload) or ratio is None:
+            ratio = target.found_in(case)
+            if ratio is None:
                 continue
-            verdicts.append(
-                Verdict(
-                    f"{case.setting} {case.workload} / {target.peer}",
-                    f">= {target.ratio:.2f}x",
-                    f"{ratio.median:.2f}x ({ratio.low:.2f}-{ratio.high:.2f})",
-                    ratio.median >= target.ratio,
-                )
-            )
+            form = Verdict.at_least if target.metric is Metric.IOPS else Verdict.at_most
+            verdicts.append(form(target.what, ratio, target.ratio))
     for setting, servers in peak_rss_kib.items():
         if OURS in servers:
             mib = servers[OURS] / 1024
@@ -83,3 +139,10 @@ def judge(cases: Sequence[Case], peak_rss_kib: Mapping[str, Mapping[str, int]]) 
                 )
             )
     return verdicts
+
+
+def unmeasured(cases: Sequence[Case], targets: Sequence[Target]) -> list[str]:
+    """The targets that nothing was measured for: a filter left them out, or a peer isn't here."""
+    return [
+        target.what for target in targets if all(target.found_in(case) is None for case in cases)
+    ]

@@ -60,4 +60,12 @@ SETTINGS = (
     Setting("qcow2", direct=True),
 )
 
-QUICK_WORKLOADS = ("randread-4k-d32", "randwrite-4k-d32", "read-1m-d8", "write-1m-d8")
+# Those that targets are about.
+QUICK_WORKLOADS = (
+    "randread-4k-d1",
+    "randread-4k-d32",
+    "randwrite-4k-d32",
+    "randread-64k-d16",
+    "read-1m-d8",
+    "write-1m-d8",
+)
