@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from blockemu.drivers._direct_map import lib
 from blockemu.drivers.backend import BlockBackend
 from blockemu.drivers.drain import DrainedSection
+from blockemu.drivers.native_map import NativeMap
 from blockemu.drivers.registry import Opener
 from blockemu.exports import Export
 from blockemu.img.create import CreateRequest, create_image
@@ -21,7 +23,7 @@ from blockemu.limits import Limits
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.host_file import PosixFiles
 from blockemu.nbd.connection import BaseConnection
-from blockemu.nbd.protocol import Command, CommandFlag
+from blockemu.nbd.protocol import Command, CommandFlag, NbdError
 from blockemu.nbd.server import make_connection
 from tests.unit.nbd.client import Client, header
 
@@ -105,6 +107,15 @@ class Disk:
         self.wait_closed()
         self.ctx.run(self.backend.close())
         self.ctx.close()
+
+    def native_map(self) -> NativeMap:
+        """What C looks into."""
+        direct_map, poller = self.backend.direct_map, self.ctx.native
+        assert direct_map is not None
+        assert poller is not None
+        native_map = direct_map.native_handle(poller)
+        assert native_map is not None
+        return native_map
 
     @property
     def faults(self) -> int:
@@ -219,6 +230,22 @@ def test_faults_are_counted_once_by_who_answers(open_disk: OpenDisk) -> None:
     read = snapshot.operations["read"]
     assert (read.requests, read.bytes, read.errors) == (3, 8192, 1)
     assert snapshot.operations["trim"].requests == 1
+
+
+def test_a_flush_that_failed_is_not_tried_again(open_disk: OpenDisk) -> None:
+    """A second one could succeed although what the first should have saved is lost."""
+    disk = open_disk("direct")
+    if disk.native_map().cdata.io != lib.MAP_IO_AIO:
+        pytest.skip("no Linux AIO here")
+    client = disk.connect()
+    client.request(FLUSH, cookie=1)
+    assert client.reply() == (1, NbdError.NBD_SUCCESS, b"")
+    disk.native_map().cdata.fd = 2**30  # EBADF, for C alone
+    client.request(FLUSH, cookie=2)
+    assert client.reply() == (2, NbdError.NBD_EIO, b"")
+    assert disk.export.statistics.snapshot().operations["flush"].errors == 1
+    client.request(READ, cookie=3, length=4096)
+    assert client.reply(4096) == (3, NbdError.NBD_SUCCESS, bytes(4096))  # by the graph
 
 
 @pytest.mark.parametrize("place", PLACES)
