@@ -13,6 +13,8 @@ from pathlib import PurePath
 
 from blockemu.errors import DaemonError
 from blockemu.limits import Limits
+from blockemu.loop.iothread import default_poll_params
+from blockemu.loop.poller import PollParams
 
 NBD_PORT = 10809
 """Assigned to NBD by IANA."""
@@ -57,6 +59,8 @@ class DaemonConfig:
     images: tuple[ImageConfig, ...]
     address: TcpAddress | UnixAddress = field(default_factory=TcpAddress)
     control_path: str | None = None
+    poll_params: PollParams = field(default_factory=default_poll_params)
+    """Of all IOThreads."""
     limits: Limits = field(default_factory=Limits)
 
 
@@ -71,6 +75,7 @@ def serve_config(
     aio: str = "native",
     address: TcpAddress | UnixAddress | None = None,
     control_path: str | None = None,
+    poll_params: PollParams | None = None,
     limits: Limits | None = None,
 ) -> DaemonConfig:
     """The configuration of `blockemu serve`. Raises: DaemonError."""
@@ -99,6 +104,7 @@ def serve_config(
         images=images,
         address=address or TcpAddress(),
         control_path=control_path,
+        poll_params=poll_params or default_poll_params(),
         limits=limits,
     )
 

@@ -179,7 +179,7 @@ class Daemon:
     def _iothread(self, name: str, undo: AsyncExitStack) -> IOThread:
         """The IOThread of this name, started if it is the first to be asked for it."""
         if name not in self.iothreads:
-            thread = IOThread(name)
+            thread = IOThread(name, poll_params=self.config.poll_params)
             thread.start()
             self.iothreads[name] = thread
             undo.callback(self._stop_iothread, thread)

@@ -26,7 +26,13 @@ from blockemu.loop.coroutine import (
 from blockemu.loop.event_notifier import EventNotifier
 from blockemu.loop.iothread import IOThread
 from blockemu.loop.main_context import MainContext, MainLoop
-from blockemu.loop.poller import EpollPoller, MemoryPoller, Poller, SleepsForeverError
+from blockemu.loop.poller import (
+    EpollPoller,
+    MemoryPoller,
+    Poller,
+    PollParams,
+    SleepsForeverError,
+)
 from blockemu.loop.signals import SignalWatcher
 from blockemu.loop.source import PollFD, Source
 from blockemu.loop.sync import Event, Mutex, Semaphore, WaitQueue, gather, sleep_ns, yield_now
@@ -52,6 +58,7 @@ __all__ = [
     "Mutex",
     "NotDoneError",
     "PollFD",
+    "PollParams",
     "Poller",
     "Semaphore",
     "SignalWatcher",

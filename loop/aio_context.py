@@ -51,7 +51,7 @@ from blockemu.loop.coroutine import Task
 from blockemu.loop.current import running
 from blockemu.loop.fd_handlers import FdHandlers
 from blockemu.loop.native_poller import EVENTS_FD, NativePoller, default_poller
-from blockemu.loop.poller import Poller
+from blockemu.loop.poller import Poller, PollParams
 from blockemu.loop.source import PRIORITY_DEFAULT, PollFD, Source
 from blockemu.loop.timer import Timer, TimerList
 
@@ -467,14 +467,15 @@ class AioContext(Source):
         """The poller that serves native handlers, if it is one that does. Context: any thread."""
         return self._native
 
-    def set_poll_params(self, *, max_ns: int, grow: int = 0, shrink: int = 0) -> None:
-        """How long a native wait looks for work before it sleeps: NativePoller.set_adaptive.
+    def set_poll_params(self, params: PollParams) -> None:
+        """Has native waits look for work before they sleep. Begins without.
 
-        Without native handlers' poller it does nothing: spinning in Python buys nothing.
+        Python's poller doesn't: spinning with the GIL would keep others from working.
+        Context: home thread.
         """
+        self.assert_home()
         if self._native is not None:
-            self.assert_home()
-            self._native.set_adaptive(poll_max_ns=max_ns, grow=grow, shrink=shrink)
+            self._native.set_poll_params(params)
 
     @property
     def thread_pool(self) -> ThreadPool:

@@ -7,14 +7,28 @@ export's. The kernel knows the thread by its name too: `top -H` and `perf` show 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from blockemu.loop.aio_context import AioContext
+from blockemu.loop.poller import PollParams
 
 KERNEL_NAME_MAX = 15
 """Bytes of a thread's name that the kernel keeps."""
+
+
+POLL_MAX_NS = 100_000
+"""How long to look for work by default. On a virtual machine QEMU's 32768 ns end before a client
+that waits for one reply at a time has even woken up, which takes 40 us and more; then its next
+request finds us asleep. Measured with one such client on two cores: 2.4 times the IOPS of 32768 ns,
+for the same CPU time per request; with clients that keep both cores busy, no loss."""
+
+
+def default_poll_params() -> PollParams:
+    """Those of an IOThread on this machine: on one core, looking keeps the work from being made."""
+    return PollParams(max_ns=POLL_MAX_NS if len(os.sched_getaffinity(0)) > 1 else 0)
 
 
 class IOThread:
@@ -25,9 +39,14 @@ class IOThread:
     """
 
     def __init__(
-        self, name: str, *, context_factory: Callable[[str], AioContext] = AioContext
+        self,
+        name: str,
+        *,
+        context_factory: Callable[[str], AioContext] = AioContext,
+        poll_params: PollParams | None = None,
     ) -> None:
         self.name = name
+        self.poll_params = poll_params or default_poll_params()
         self.ctx = context_factory(name)
         self._stopping = False
         self._error: BaseException | None = None
@@ -71,6 +90,7 @@ class IOThread:
     def _main(self) -> None:
         ctx = self.ctx
         ctx.adopt()
+        ctx.set_poll_params(self.poll_params)
         _set_kernel_name(self.name)
         self._running.set()
         try:

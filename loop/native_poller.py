@@ -35,6 +35,7 @@ from blockemu.loop.poller import (
     EpollPoller,
     Notifier,
     Poller,
+    PollParams,
 )
 
 AIO_DEPTH: Final = 256
@@ -202,18 +203,13 @@ class NativePoller:
         poll = self._open()
         return bool(poll.aio) or lib.native_poll_open_aio(poll, AIO_DEPTH) == 0
 
-    def set_adaptive(self, *, poll_max_ns: int, grow: int = 0, shrink: int = 0) -> None:
-        """How long to look for work before sleeping: QEMU's poll-max-ns, poll-grow, poll-shrink.
-
-        The time grows from 0 by the factor `grow` (0: 2) up to the maximum as long as work comes
-        within that, and is divided by `shrink` (0: begins anew) when it takes longer.
-        """
-        assert min(poll_max_ns, grow, shrink) >= 0
+    def set_poll_params(self, params: PollParams) -> None:
+        """Look for work that long before sleeping, beginning anew."""
         poll = self._open()
         poll.poll_ns = 0
-        poll.poll_max_ns = poll_max_ns
-        poll.poll_grow = grow
-        poll.poll_shrink = shrink
+        poll.poll_max_ns = params.max_ns
+        poll.poll_grow = params.grow
+        poll.poll_shrink = params.shrink
 
     def counters(self) -> dict[str, int]:
         """How often it slept, made a pass, and looked for work with and without success."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 import select
 import threading
+from dataclasses import dataclass
 from typing import Protocol
 
 from blockemu.loop.clock import VirtualClock
@@ -32,6 +33,23 @@ harmless."""
 
 INTEREST_MASK = select.EPOLLIN | select.EPOLLOUT
 """What one can ask for. EPOLLERR and EPOLLHUP are reported unasked, as epoll does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PollParams:
+    """How long a wait looks for work before it sleeps (adaptive polling), as QEMU's `poll-max-ns`,
+    `poll-grow` and `poll-shrink`.
+
+    The time grows from 0 by the factor `grow` (0: 2) up to `max_ns` as long as work comes within
+    that, and is divided by `shrink` (0: begins anew) when it takes longer. `max_ns` 0: don't look.
+    """
+
+    max_ns: int = 0
+    grow: int = 0
+    shrink: int = 0
+
+    def __post_init__(self) -> None:
+        assert min(self.max_ns, self.grow, self.shrink) >= 0, self
 
 
 class Notifier(Protocol):

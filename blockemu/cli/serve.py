@@ -82,6 +82,28 @@ Examples:
     "each on the one named.",
 )
 @click.option(
+    "--poll-max-ns",
+    type=click.IntRange(0, 10**9),
+    default=None,
+    metavar="NS",
+    help="Let a thread without work look for some for up to so many nanoseconds before it "
+    "sleeps: shorter latency for more CPU time.  [default: 100000; 0 on one core]",
+)
+@click.option(
+    "--poll-grow",
+    type=click.IntRange(0, 1000),
+    default=0,
+    metavar="FACTOR",
+    help="By how much that time grows while work comes within it; 0 is 2.",
+)
+@click.option(
+    "--poll-shrink",
+    type=click.IntRange(0, 1000),
+    default=0,
+    metavar="DIVISOR",
+    help="By how much it shrinks when work comes later; 0 begins anew.",
+)
+@click.option(
     "--control",
     "control_path",
     metavar="PATH",
@@ -102,6 +124,9 @@ def serve(
     cache: str,
     aio: str,
     iothreads: tuple[str, ...],
+    poll_max_ns: int | None,
+    poll_grow: int,
+    poll_shrink: int,
     control_path: str | None,
     images: tuple[str, ...],
 ) -> None:
@@ -109,6 +134,8 @@ def serve(
     from blockemu.cli.open_files import raise_open_files_limit
     from blockemu.config import NBD_PORT, TcpAddress, UnixAddress, serve_config
     from blockemu.daemon import Daemon
+    from blockemu.loop.iothread import default_poll_params
+    from blockemu.loop.poller import PollParams
     from blockemu.notify import make_notify
 
     address: TcpAddress | UnixAddress
@@ -130,6 +157,11 @@ def serve(
         aio=aio,
         address=address,
         control_path=control_path,
+        poll_params=PollParams(
+            max_ns=default_poll_params().max_ns if poll_max_ns is None else poll_max_ns,
+            grow=poll_grow,
+            shrink=poll_shrink,
+        ),
     )
     if state.owns_process:
         raise_open_files_limit()

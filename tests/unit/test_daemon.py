@@ -18,6 +18,7 @@ from blockemu.drivers.errors import ImageError
 from blockemu.errors import DaemonError
 from blockemu.img.create import CreateRequest, create_image
 from blockemu.listen import listen_unix, remove_unix_path
+from blockemu.loop.poller import PollParams
 from tests.unit.daemon_thread import DaemonThread
 
 MIB = 1 << 20
@@ -233,6 +234,7 @@ def test_control_socket_shows_the_daemon_and_quits_it(
         [str(raw), str(qcow2)],
         address=UnixAddress(str(tmp_path / "s")),
         control_path=str(tmp_path / "c"),
+        poll_params=PollParams(max_ns=7000, grow=3, shrink=5),
     )
     with DaemonThread(config) as running:
         client, other = Control(str(tmp_path / "c")), Control(str(tmp_path / "c"))
@@ -245,6 +247,8 @@ def test_control_socket_shows_the_daemon_and_quits_it(
         assert top["image"]["cluster-size"] == 65536
         threads = other.execute("query-iothreads")
         assert [thread["id"] for thread in threads] == ["iothread0", "iothread1"]
+        names = ("poll-max-ns", "poll-grow", "poll-shrink")
+        assert [threads[1][name] for name in names] == [7000, 3, 5]
         assert {str(thread["thread-id"]) for thread in threads} <= set(
             os.listdir("/proc/self/task")
         )

@@ -10,14 +10,14 @@ from blockemu.qmp.schema import NoArguments
 
 
 async def query_iothreads(session: Session, arguments: NoArguments) -> list[dict[str, Any]]:
-    """All IOThreads. `thread-id` is the kernel's, as `top -H` shows it. Polling is off (0)."""
+    """All IOThreads. `thread-id` is the kernel's, as `top -H` shows it."""
     return [
         {
             "id": thread.name,
             "thread-id": thread.thread_id,
-            "poll-max-ns": 0,
-            "poll-grow": 0,
-            "poll-shrink": 0,
+            "poll-max-ns": thread.poll_params.max_ns,
+            "poll-grow": thread.poll_params.grow,
+            "poll-shrink": thread.poll_params.shrink,
             "aio-max-batch": 0,
         }
         for thread in session.daemon.iothreads.values()

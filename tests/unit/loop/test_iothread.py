@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
 import pytest
 
-from blockemu.loop import AioContext, IOThread
+from blockemu.loop import AioContext, IOThread, PollParams
+from blockemu.loop.iothread import default_poll_params
 
 
 def test_iothread_is_home_of_its_context_and_runs_what_is_scheduled() -> None:
@@ -111,3 +113,23 @@ def test_two_iothreads_pass_work_to_and_fro() -> None:
     one.stop()
     two.stop()
     assert len(hops) == 1000
+
+
+def test_native_waits_look_for_work_as_asked() -> None:
+    iothread = IOThread("io0", poll_params=PollParams(max_ns=5000, grow=3, shrink=4))
+    native = iothread.ctx.native
+    iothread.start()
+    try:
+        assert iothread.poll_params == PollParams(max_ns=5000, grow=3, shrink=4)
+        if native is not None:  # BLOCKEMU_NATIVE=0
+            poll = native.handle
+            assert (poll.poll_max_ns, poll.poll_grow, poll.poll_shrink) == (5000, 3, 4)
+    finally:
+        iothread.stop()
+
+
+def test_on_one_core_it_does_not_look_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
+    assert default_poll_params().max_ns == 0
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    assert default_poll_params().max_ns > 0

@@ -20,6 +20,7 @@ import pytest
 from blockemu.loop import AioContext, EpollPoller, MainContext, MemoryPoller, VirtualClock
 from blockemu.loop._poll import ffi, lib
 from blockemu.loop.native_poller import EVENTS_FD, NativePoller
+from blockemu.loop.poller import PollParams
 
 HERE = Path(__file__).parent
 NATIVE = HERE.parents[2] / "loop" / "native"
@@ -118,7 +119,10 @@ def test_native_poller_is_chosen_by_argument_then_environment(
     ctx = AioContext(native=argument)
     assert (ctx.native is not None) == expected
     assert isinstance(ctx._poller, NativePoller if expected else EpollPoller)
-    ctx.set_poll_params(max_ns=0)
+    ctx.adopt()
+    ctx.set_poll_params(PollParams(max_ns=1000))
+    if ctx.native is not None:
+        assert ctx.native.handle.poll_max_ns == 1000
     ctx.close()
 
 
@@ -267,14 +271,14 @@ def test_address_is_the_structure_for_other_libraries(native: NativePoller) -> N
 
 
 def test_adaptive_polling_is_set_in_qemus_terms(native: NativePoller) -> None:
-    native.set_adaptive(poll_max_ns=10**12, grow=3, shrink=4)
+    native.set_poll_params(PollParams(max_ns=10**12, grow=3, shrink=4))
     poll = native.handle
     assert (poll.poll_max_ns, poll.poll_grow, poll.poll_shrink) == (10**12, 3, 4)
     poll.poll_ns = 10**12
     assert native.wait(20_000_000) == []
     assert native.counters()["spins_missed"] == 1
     assert native.counters()["sleeps"] == 0
-    native.set_adaptive(poll_max_ns=0)
+    native.set_poll_params(PollParams())
     assert poll.poll_ns == 0
     assert native.wait(20_000_000) == []
     assert native.counters()["sleeps"] == 1
