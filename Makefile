@@ -5,6 +5,8 @@
 # make check          the quick ones: unit, contract and tidy tests, in under a minute
 # make lint types     ruff; mypy --strict on an installed copy
 # make fuzz-differential  random operations on served qcow2 images (ROUNDS=, SEED=)
+# make sanitize       the C parts under sanitizers: fuzzed, and under load (ROUNDS=, SEED=)
+# make fuzz-native    libFuzzer on the native NBD connection (SECONDS=; ARGS= go to libFuzzer)
 # make bench          against qemu-storage-daemon and nbdkit (ARGS=)
 # make image          a container image; make image-test also runs the daemon from it
 # make clean          remove what the others made
@@ -13,7 +15,7 @@
 
 .SUFFIXES:
 .PHONY: help serve bootstrap test check lint format types bench image image-test clean
-.PHONY: fuzz-differential
+.PHONY: fuzz-differential sanitize fuzz-native
 
 export PYTHON
 VENV = .venv/bin
@@ -50,10 +52,25 @@ types: bootstrap
 	$(VENV)/python -m pip install -q --no-deps --target build/types .
 	cd build/types && ../../$(VENV)/mypy --config-file ../../pyproject.toml -p blockemu
 
-ROUNDS = 50
+fuzz-differential: ROUNDS = 50
 fuzz-differential: bootstrap
 	BLOCKEMU_ROUNDS=$(ROUNDS) $(if $(SEED),BLOCKEMU_SEED=$(SEED)) \
 		$(VENV)/python -m pytest -q tests/e2e/test_differential.py $(ARGS)
+
+# The sanitized build also runs tests that load the C parts into pytest's own process.
+SANITIZED_TESTS = tests/unit/nbd tests/unit/loop tests/unit/drivers/test_native_map.py \
+	$(wildcard tests/e2e/test_graph_stress.py)
+sanitize: bootstrap
+	$(if $(ROUNDS),BLOCKEMU_ROUNDS=$(ROUNDS)) $(if $(SEED),BLOCKEMU_SEED=$(SEED)) \
+		$(VENV)/python -m pytest -q tests/native $(ARGS)
+	$(VENV)/python -m pytest -q tests/unit -k under_sanitizers $(ARGS)
+	tools/sanitized-build build/sanitized env ASAN_OPTIONS=detect_leaks=0 \
+		$(VENV)/python -m pytest -q $(SANITIZED_TESTS) -k 'not under_sanitizers' $(ARGS)
+
+# The corpus is in build/fuzz; inputs that fail land there, too: ARGS=build/fuzz/crash-... runs one.
+SECONDS = 0
+fuzz-native: bootstrap
+	$(VENV)/python -m tests.native.fuzzer --seconds $(SECONDS) $(if $(ARGS),-- $(ARGS))
 
 bench: bootstrap
 	$(VENV)/python -m benchmarks $(ARGS)
