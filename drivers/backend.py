@@ -65,8 +65,11 @@ class BlockBackend:
 
     @property
     def direct_map(self) -> DirectMap | None:
-        """The short cut, if there is one now. Ask again for every batch: graphs change."""
-        return self.root.node.driver.direct_map()
+        """The short cut, if there is one now. Ask again for every batch: graphs change.
+
+        There is none in a drained section: a map that is made inside isn't one of those it holds.
+        """
+        return None if self._quiesced else self.root.node.driver.direct_map()
 
     def set_dev_ops(
         self, on_drained_begin: Callable[[], None], on_drained_end: Callable[[], None]

@@ -17,6 +17,7 @@ from blockemu.drivers.direct_map import WHOLE_DEVICE_BITS, DirectMap
 from blockemu.drivers.driver import BlockDriver, BlockStatus, RequestFlags
 from blockemu.drivers.errors import ImageError, io_error
 from blockemu.drivers.image_lock import ImageLock
+from blockemu.drivers.map_slot import MapSlot
 from blockemu.drivers.node import BlockDriverState
 from blockemu.drivers.options import take_bool, take_choice, take_dict, take_str
 from blockemu.drivers.registry import Opener
@@ -50,7 +51,7 @@ class FileDriver(BlockDriver):
         self._no_flush = no_flush
         self._unmap = unmap
         self._length_bytes = file.size_bytes()
-        self._map: DirectMap | None = None
+        self._map_slot = MapSlot(self._make_map)
 
     @classmethod
     async def open(cls, node: BlockDriverState, options: dict[str, Any], opener: Opener) -> Self:
@@ -126,11 +127,11 @@ class FileDriver(BlockDriver):
     async def truncate(self, length: int, *, preallocation: str = "off") -> None:
         old = self._length_bytes
         self._refuse_growth_of_device(length)
-        await self._drop_direct_map()
-        if preallocation == "falloc" and length > old:
-            await self.host_file.allocate(old, length - old)
-        await self.host_file.truncate(length)
-        self._length_bytes = length
+        async with self._map_slot.shut():
+            if preallocation == "falloc" and length > old:
+                await self.host_file.allocate(old, length - old)
+            await self.host_file.truncate(length)
+            self._length_bytes = length
         if preallocation == "full" and length > old:
             await self._write_zeroes_in_full(old, length)
 
@@ -167,26 +168,20 @@ class FileDriver(BlockDriver):
         self.host_file.detach()
 
     def direct_map(self) -> DirectMap | None:
-        if self._map is None:
-            length = self._length_bytes
-            self._map = DirectMap(
-                self.host_file,
-                page_bits=WHOLE_DEVICE_BITS,
-                length=length,
-                durable=not self._no_flush,
-            )
-            self._map.publish(0, 0, writable=not self.node.read_only)
-            self.node.mapped_by.append(self._map)
-        return self._map
+        return self._map_slot.get()
 
-    async def _drop_direct_map(self) -> None:
-        """Forget the map, which was made for the old size; the next user gets a new one."""
-        dropped = self._map
-        if dropped is not None:
-            await dropped.close()
-            if dropped is self._map:
-                self._map = None
-                self.node.mapped_by.remove(dropped)
+    async def drop_direct_map(self) -> None:
+        await self._map_slot.drop()
+
+    def _make_map(self) -> tuple[DirectMap, BlockDriverState]:
+        made = DirectMap(
+            self.host_file,
+            page_bits=WHOLE_DEVICE_BITS,
+            length=self._length_bytes,
+            durable=not self._no_flush,
+        )
+        made.publish(0, 0, writable=not self.node.read_only)
+        return made, self.node
 
 
 class HostDeviceDriver(FileDriver):

@@ -64,7 +64,9 @@ class BlockDriverState:
         self.on_closed: Callable[[], object] = lambda: None
         self.in_flight = 0
         self.mapped_by: list[DirectMap] = []
-        """Direct maps that point into this node's host file, past this node."""
+        """Direct maps that point into this node's host file, past this node. Changed by `add_map`
+        and `remove_map`."""
+        self._map_holds = 0
         self._tracker = RequestTracker()
         self._idle = WaitQueue()
 
@@ -245,17 +247,34 @@ class BlockDriverState:
         if end > self.driver.length_bytes:
             alone_from = start & ~(TAIL_PAGE_BYTES - 1)
         request = await self._tracker.begin(alone_from, end, serialising=True)
-        maps = list(self.mapped_by)
-        for direct_map in maps:
-            direct_map.hold()
+        self._hold_maps()
         try:
-            for direct_map in maps:
+            for direct_map in list(self.mapped_by):
                 await direct_map.wait_idle()
             await self._read_modify_write(start, end, offset, view, flags, mask)
         finally:
-            for direct_map in maps:
-                direct_map.release()
+            self._release_maps()
             self._tracker.end(request)
+
+    def add_map(self, direct_map: DirectMap) -> None:
+        """A new direct map points into this node's host file. It is held, if the others are."""
+        self.mapped_by.append(direct_map)
+        for _ in range(self._map_holds):
+            direct_map.hold()
+
+    def remove_map(self, direct_map: DirectMap) -> None:
+        """The map is closed."""
+        self.mapped_by.remove(direct_map)
+
+    def _hold_maps(self) -> None:
+        self._map_holds += 1
+        for direct_map in self.mapped_by:
+            direct_map.hold()
+
+    def _release_maps(self) -> None:
+        self._map_holds -= 1
+        for direct_map in self.mapped_by:
+            direct_map.release()
 
     async def _read_modify_write(
         self, start: int, end: int, offset: int, view: memoryview, flags: RequestFlags, mask: int

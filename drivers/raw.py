@@ -10,6 +10,7 @@ from blockemu.drivers.child import BdrvChild, Role
 from blockemu.drivers.direct_map import WHOLE_DEVICE_BITS, DirectMap
 from blockemu.drivers.driver import BlockDriver, BlockStatus, RequestFlags
 from blockemu.drivers.errors import ImageError, io_error
+from blockemu.drivers.map_slot import MapSlot
 from blockemu.drivers.node import BlockDriverState
 from blockemu.drivers.options import take_size
 from blockemu.drivers.registry import Opener
@@ -26,7 +27,7 @@ class RawDriver(BlockDriver):
         self._file = file
         self._offset = offset
         self._size = size
-        self._map: DirectMap | None = None
+        self._map_slot = MapSlot(self._make_map)
 
     @classmethod
     async def open(cls, node: BlockDriverState, options: dict[str, Any], opener: Opener) -> Self:
@@ -72,34 +73,22 @@ class RawDriver(BlockDriver):
     async def truncate(self, length: int, *, preallocation: str = "off") -> None:
         if self._size is not None:
             raise io_error(errno.ENOTSUP, "a window of a file (offset, size) can't be resized")
-        await self.drop_direct_map()
-        await self._file.truncate(length, preallocation=preallocation)
+        async with self._map_slot.shut():
+            await self._file.truncate(length, preallocation=preallocation)
 
     async def close(self) -> None:
-        await self.drop_direct_map()
+        await self._map_slot.drop()
 
     def direct_map(self) -> DirectMap | None:
-        below = self._file.node.driver
-        if self._map is None and below.host_file is not None:
-            alignment = below.host_file.request_alignment
-            if self._offset & (alignment - 1):
-                return None
-            length = self.length_bytes
-            self._map = DirectMap(
-                below.host_file, page_bits=WHOLE_DEVICE_BITS, length=length, durable=True
-            )
-            self._map.publish(0, self._offset, writable=not self.node.read_only)
-            self._file.node.mapped_by.append(self._map)
-        return self._map
+        return self._map_slot.get()
 
     async def drop_direct_map(self) -> None:
-        """Forget the map, which was made for the old size; the next user gets a new one.
+        await self._map_slot.drop()
 
-        Suspends: until the requests that were taken from it are done.
-        """
-        dropped = self._map
-        if dropped is not None:
-            await dropped.close()
-            if dropped is self._map:
-                self._map = None
-                self._file.node.mapped_by.remove(dropped)
+    def _make_map(self) -> tuple[DirectMap, BlockDriverState] | None:
+        below = self._file.node.driver.host_file
+        if below is None or self._offset & (below.request_alignment - 1):
+            return None
+        made = DirectMap(below, page_bits=WHOLE_DEVICE_BITS, length=self.length_bytes, durable=True)
+        made.publish(0, self._offset, writable=not self.node.read_only)
+        return made, self._file.node

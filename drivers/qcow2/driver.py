@@ -14,6 +14,7 @@ from blockemu.drivers.child import Permission, Role
 from blockemu.drivers.direct_map import DirectMap
 from blockemu.drivers.driver import BlockDriver, BlockStatus, RequestFlags
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.map_slot import MapSlot
 from blockemu.drivers.qcow2 import resize, status
 from blockemu.drivers.qcow2.compression import TYPE_NAMES
 from blockemu.drivers.qcow2.features import CORRUPT, DIRTY, LAZY_REFCOUNTS
@@ -25,6 +26,7 @@ from blockemu.drivers.qcow2.probe import names_other_file
 
 if TYPE_CHECKING:
     from blockemu.drivers.child import BdrvChild
+    from blockemu.drivers.node import BlockDriverState
     from blockemu.drivers.registry import Opener
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ class Qcow2Driver(BlockDriver):
         self.image = image
         self._file = file
         self._bits = image.layout.cluster_bits
-        self._map: DirectMap | None = None
+        self._map_slot = MapSlot(self._make_map)
 
     @classmethod
     async def open(cls, node: Any, options: dict[str, Any], opener: Opener) -> Self:
@@ -133,8 +135,9 @@ class Qcow2Driver(BlockDriver):
         return await status.block_status(self.image, offset, length)
 
     async def truncate(self, length: int, *, preallocation: str = "off") -> None:
-        await self.drop_direct_map()
-        await resize.grow(self.image, length, preallocation=preallocation)
+        async with self._map_slot.shut():
+            self.image.reader.direct_map = None
+            await resize.grow(self.image, length, preallocation=preallocation)
 
     # --- life ---
 
@@ -148,24 +151,20 @@ class Qcow2Driver(BlockDriver):
             log.error("%s: not everything could be written at close: %s", self.image.name, error)
 
     def direct_map(self) -> DirectMap | None:
-        file = self.image.file
-        host = file.host_file
-        if self._map is None and host is not None:
-            if self.cluster_size < host.request_alignment:
-                return None
-            self._map = DirectMap(host, page_bits=self._bits, length=self.length_bytes)
-            self.image.reader.direct_map = self._map
-            file.child.node.mapped_by.append(self._map)
-        return self._map
+        return self._map_slot.get()
 
     async def drop_direct_map(self) -> None:
-        """Forget the map, which was made for the old size; the next user gets a new one."""
-        dropped = self._map
-        if dropped is not None:
-            await dropped.close()
-            if dropped is self._map:
-                self._map = self.image.reader.direct_map = None
-                self.image.file.child.node.mapped_by.remove(dropped)
+        await self._map_slot.drop()
+        self.image.reader.direct_map = self._map_slot.map
+
+    def _make_map(self) -> tuple[DirectMap, BlockDriverState] | None:
+        file = self.image.file
+        host = file.host_file
+        if host is None or self.cluster_size < host.request_alignment:
+            return None
+        made = DirectMap(host, page_bits=self._bits, length=self.length_bytes)
+        self.image.reader.direct_map = made
+        return made, file.child.node
 
     def info(self) -> dict[str, Any]:
         header = self.image.header
