@@ -12,6 +12,7 @@ class _Poll:
     events: Any
     aio: Any
     poll_ns: int
+    poll_io_ns: int
     poll_max_ns: int
     poll_grow: int
     poll_shrink: int

@@ -206,7 +206,7 @@ class NativePoller:
     def set_poll_params(self, params: PollParams) -> None:
         """Look for work that long before sleeping, beginning anew."""
         poll = self._open()
-        poll.poll_ns = 0
+        poll.poll_ns = poll.poll_io_ns = 0
         poll.poll_max_ns = params.max_ns
         poll.poll_grow = params.grow
         poll.poll_shrink = params.shrink

@@ -42,6 +42,7 @@ class PollParams:
 
     The time grows from 0 by the factor `grow` (0: 2) up to `max_ns` as long as work comes within
     that, and is divided by `shrink` (0: begins anew) when it takes longer. `max_ns` 0: don't look.
+    While Linux AIO is under way, the bound is ten times `max_ns`, and adapts by itself.
     """
 
     max_ns: int = 0

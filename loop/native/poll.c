@@ -19,6 +19,7 @@
 enum {
     POLL_NS_START = 4000,                /* adaptive polling begins with this, as QEMU's */
     POLL_RING_LOOKS = 16,                /* looks at the AIO ring per system call, spinning */
+    POLL_IO_FACTOR = 10,                 /* longer, when work is known to come: poll_await */
     POLL_AIO_RETRY_NS = 1000000,         /* linux_aio.py's NO_ROOM_RETRY_NS */
     POLL_EVENTS_FIRST = 64,              /* room to begin with */
     POLL_BUFFERS_RETAINED_MAX = 64 << 20, /* buffers.py's RETAINED_BYTES_MAX */
@@ -416,21 +417,20 @@ static int poll_spin(struct poll_own *own, int64_t until_ns, int *count)
     return 0;
 }
 
-/* Work came after blocked_ns, spinning included: how long to spin the next time. QEMU's rules. */
-static void poll_adapt(struct native_poll *poll, int64_t blocked_ns)
+/* Work came after blocked_ns, spinning for poll_ns of them: how long to spin the next time, which is
+ * at most max_ns. QEMU's rules. */
+static int64_t poll_adapt(const struct native_poll *poll, int64_t poll_ns, int64_t max_ns,
+                          int64_t blocked_ns)
 {
     int64_t grow = poll->poll_grow > 0 ? poll->poll_grow : 2;
 
-    if (blocked_ns <= poll->poll_ns)
-        return;
-    if (blocked_ns > poll->poll_max_ns)
-        poll->poll_ns = poll->poll_shrink > 0 ? poll->poll_ns / poll->poll_shrink : 0;
-    else if (poll->poll_ns == 0)
-        poll->poll_ns = POLL_NS_START < poll->poll_max_ns ? POLL_NS_START : poll->poll_max_ns;
-    else if (poll->poll_ns < poll->poll_max_ns / grow)
-        poll->poll_ns *= grow;
-    else
-        poll->poll_ns = poll->poll_max_ns;
+    if (blocked_ns <= poll_ns)
+        return poll_ns;
+    if (blocked_ns > max_ns)
+        return poll->poll_shrink > 0 ? poll_ns / poll->poll_shrink : 0;
+    if (poll_ns == 0)
+        return POLL_NS_START < max_ns ? POLL_NS_START : max_ns;
+    return poll_ns < max_ns / grow ? poll_ns * grow : max_ns;
 }
 
 /* How long a sleep that begins at now_ns may last. */
@@ -442,10 +442,17 @@ static int64_t poll_left(const struct native_poll *poll, int64_t now_ns, int64_t
 }
 
 /* Waits for something to do a pass for, until the deadline at most. The count of events fetched,
- * which may be 0, or -errno. */
+ * which may be 0, or -errno.
+ *
+ * While the disk works for us, work is sure to come, and soon. A sleep then also lets the processor
+ * fall asleep that the disk interrupts, and what it finishes meanwhile comes in one heap, for which
+ * the disk has nothing to do. So that is looked for longer, and adapts by itself. */
 static int poll_await(struct poll_own *own, int64_t deadline_ns)
 {
     struct native_poll *poll = &own->poll;
+    int is_io = poll->aio != NULL && poll->aio->in_kernel > 0;
+    int64_t *poll_ns = is_io ? &poll->poll_io_ns : &poll->poll_ns;
+    int64_t max_ns = is_io ? POLL_IO_FACTOR * poll->poll_max_ns : poll->poll_max_ns;
     int64_t start_ns, left_ns;
     int count;
 
@@ -455,16 +462,16 @@ static int poll_await(struct poll_own *own, int64_t deadline_ns)
     left_ns = poll_left(poll, start_ns, deadline_ns);
     if (left_ns <= 0)
         return poll_fetch(own, 0);
-    if (poll->poll_ns == 0) {
+    if (*poll_ns == 0) {
         count = poll_fetch(own, left_ns);
     } else {
-        int64_t spin_ns = poll->poll_ns < left_ns ? poll->poll_ns : left_ns;
+        int64_t spin_ns = *poll_ns < left_ns ? *poll_ns : left_ns;
 
         if (!poll_spin(own, start_ns + spin_ns, &count))
             count = poll_fetch(own, poll_left(poll, poll_clock(), deadline_ns));
     }
     if (poll->poll_max_ns > 0 && count >= 0)
-        poll_adapt(poll, poll_clock() - start_ns);
+        *poll_ns = poll_adapt(poll, *poll_ns, max_ns, poll_clock() - start_ns);
     return count;
 }
 

@@ -86,6 +86,7 @@ struct native_poll {
 
     /* Adaptive polling: how long to look for work before sleeping. All nanoseconds. */
     int64_t poll_ns;     /* now; between 0 and poll_max_ns */
+    int64_t poll_io_ns;  /* the same while Linux AIO works for us: up to POLL_IO_FACTOR times that */
     int64_t poll_max_ns; /* 0: don't */
     int64_t poll_grow;   /* factor by which poll_ns grows, 0 for 2 */
     int64_t poll_shrink; /* divisor by which it shrinks, 0 for back to 0 */

@@ -195,7 +195,7 @@ static void spinning_finds_work_and_keeps_the_deadline(void)
     struct job job;
     int64_t before;
 
-    poll->poll_max_ns = poll->poll_ns = INT64_C(60) * 1000000000;
+    poll->poll_max_ns = poll->poll_ns = poll->poll_io_ns = INT64_C(60) * 1000000000;
     before = poll_clock();
     CHECK(native_poll_wait(poll, 1000000) == 0);
     CHECK(poll_clock() - before >= 1000000);
@@ -205,6 +205,26 @@ static void spinning_finds_work_and_keeps_the_deadline(void)
     wait_for_jobs(poll, 1);
     job_check(poll, &job);
     CHECK(poll->sleeps == 0);
+    native_poll_close(poll);
+}
+
+static void spinning_for_the_disk_adapts_by_itself(void)
+{
+    struct native_poll *poll = aio_poll_new(16);
+
+    poll->poll_max_ns = INT64_C(3600) * 1000000000;
+    poll->aio->in_kernel = 1; /* as if the disk worked */
+    CHECK(native_poll_wait(poll, 1000000) == 0);
+    CHECK(poll->poll_io_ns == 4000 && poll->poll_ns == 0);
+    poll->aio->in_kernel = 0;
+    CHECK(native_poll_wait(poll, 1000000) == 0);
+    CHECK(poll->poll_io_ns == 4000 && poll->poll_ns == 4000);
+    poll->poll_max_ns = 50000; /* the disk may take ten times as long as that */
+    poll->poll_io_ns = poll->poll_ns = 20000;
+    poll->aio->in_kernel = 1;
+    CHECK(native_poll_wait(poll, 10000000) == 0);
+    CHECK(poll->poll_io_ns == 0 && poll->poll_ns == 20000);
+    poll->aio->in_kernel = 0;
     native_poll_close(poll);
 }
 
@@ -252,6 +272,7 @@ int main(int count, char **arguments)
     refused_requests_end_with_their_errno();
     a_request_of_the_last_callback_leaves_with_the_pass();
     spinning_finds_work_and_keeps_the_deadline();
+    spinning_for_the_disk_adapts_by_itself();
     buffers_are_reused_last_in_first_out_within_bounds();
     return 0;
 }

@@ -268,27 +268,18 @@ static void spinning_adapts_as_qemu_does(void)
 {
     struct native_poll *poll = poll_new();
 
-    poll->poll_max_ns = 30000;
-    poll_adapt(poll, 29000); /* work came: begin */
-    CHECK(poll->poll_ns == 4000);
-    poll_adapt(poll, 3999); /* found while spinning: stay */
-    CHECK(poll->poll_ns == 4000);
-    poll_adapt(poll, 5000);
-    CHECK(poll->poll_ns == 8000);
+    /* the poll, what it was, the maximum, how long it took until work came */
+    CHECK(poll_adapt(poll, 0, 30000, 29000) == 4000);    /* work came: begin */
+    CHECK(poll_adapt(poll, 4000, 30000, 3999) == 4000);  /* found while spinning: stay */
+    CHECK(poll_adapt(poll, 4000, 30000, 5000) == 8000);
     poll->poll_grow = 3;
-    poll_adapt(poll, 9000);
-    CHECK(poll->poll_ns == 24000);
-    poll_adapt(poll, 29000);
-    CHECK(poll->poll_ns == 30000);
+    CHECK(poll_adapt(poll, 8000, 30000, 9000) == 24000);
+    CHECK(poll_adapt(poll, 24000, 30000, 29000) == 30000);
     poll->poll_shrink = 4;
-    poll_adapt(poll, 40000);
-    CHECK(poll->poll_ns == 7500);
+    CHECK(poll_adapt(poll, 30000, 30000, 40000) == 7500);
     poll->poll_shrink = 0;
-    poll_adapt(poll, 40000);
-    CHECK(poll->poll_ns == 0);
-    poll->poll_max_ns = 1000;
-    poll_adapt(poll, 500);
-    CHECK(poll->poll_ns == 1000);
+    CHECK(poll_adapt(poll, 7500, 30000, 40000) == 0);
+    CHECK(poll_adapt(poll, 0, 1000, 500) == 1000);
     native_poll_close(poll);
 }
 
