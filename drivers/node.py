@@ -286,12 +286,12 @@ class BlockDriverState:
             last_block = end - mask - 1
             if offset > start:
                 await self.driver.preadv(start, bounce[: mask + 1])
-            if true_end < end:
-                if true_end >= self.driver.length_bytes:
-                    end = true_end  # nothing behind it to keep: the device ends here, to the byte
-                elif last_block > start or offset == start:
-                    await self.driver.preadv(last_block, bounce[last_block - start :])
+            is_read = offset > start and last_block == start
+            if true_end < min(end, self.driver.length_bytes) and not is_read:
+                await self.driver.preadv(last_block, bounce[last_block - start :])
             bounce[offset - start : true_end - start] = view
+            # Behind the device's end, which may be inside the last block, there is nothing to keep.
+            end = min(end, max(true_end, self.driver.length_bytes))
             await self._write_aligned(start, bounce[: end - start], flags)
         finally:
             self.ctx.buffers.give(buffer)

@@ -96,6 +96,16 @@ def test_aligned_write_waits_for_an_older_overlapping_unaligned_one(ctx: AioCont
     assert driver.content[:512] == b"a" * 512
 
 
+@pytest.mark.parametrize("offset", [1024, 1030, 600])
+def test_unaligned_write_short_of_a_ragged_end_keeps_the_size(ctx: AioContext, offset: int) -> None:
+    """The rest of the last block was written, too, and the file grew to the whole block."""
+    node, driver = scripted_node(ctx, size=1100, alignment=512)
+    driver.content[:] = b"a" * 1100
+    data = b"b" * (1060 - offset)
+    ctx.run(node.pwritev(offset, memoryview(data)))
+    assert driver.content == b"a" * offset + data + b"a" * 40
+
+
 def test_aligned_write_waits_for_a_write_of_the_ragged_end_in_its_page(ctx: AioContext) -> None:
     """The ragged end goes through the page cache, which writes back whole pages."""
     node, driver = scripted_node(ctx, size=70_000, alignment=512)
