@@ -5,6 +5,7 @@
 # make check          the quick ones: unit, contract and tidy tests, in under a minute
 # make lint types     ruff; mypy --strict on an installed copy
 # make fuzz-differential  random operations on served qcow2 images (ROUNDS=, SEED=)
+# make stress         verified load while the graph changes, and beside hostile clients (ROUNDS=, SEED=)
 # make sanitize       the C parts under sanitizers: fuzzed, and under load (ROUNDS=, SEED=)
 # make fuzz-native    libFuzzer on the native NBD connection (SECONDS=; ARGS= go to libFuzzer)
 # make bench          against qemu-storage-daemon and nbdkit (ARGS=)
@@ -15,7 +16,7 @@
 
 .SUFFIXES:
 .PHONY: help serve bootstrap test check lint format types bench image image-test clean
-.PHONY: fuzz-differential sanitize fuzz-native
+.PHONY: fuzz-differential stress sanitize fuzz-native
 
 export PYTHON
 VENV = .venv/bin
@@ -57,9 +58,16 @@ fuzz-differential: bootstrap
 	BLOCKEMU_ROUNDS=$(ROUNDS) $(if $(SEED),BLOCKEMU_SEED=$(SEED)) \
 		$(VENV)/python -m pytest -q tests/e2e/test_differential.py $(ARGS)
 
+# A round is 120 changes of the graph for each way of host I/O, with and without the C data path.
+stress: ROUNDS = 20
+stress: bootstrap
+	BLOCKEMU_ROUNDS=$(ROUNDS) $(if $(SEED),BLOCKEMU_SEED=$(SEED)) \
+		$(VENV)/python -m pytest -q tests/e2e/test_graph_stress.py \
+		tests/e2e/test_hostile_clients.py $(ARGS)
+
 # The sanitized build also runs tests that load the C parts into pytest's own process.
 SANITIZED_TESTS = tests/unit/nbd tests/unit/loop tests/unit/drivers/test_native_map.py \
-	$(wildcard tests/e2e/test_graph_stress.py)
+	tests/e2e/test_graph_stress.py
 sanitize: bootstrap
 	$(if $(ROUNDS),BLOCKEMU_ROUNDS=$(ROUNDS)) $(if $(SEED),BLOCKEMU_SEED=$(SEED)) \
 		$(VENV)/python -m pytest -q tests/native $(ARGS)

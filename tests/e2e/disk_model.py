@@ -106,11 +106,17 @@ class DiskModel:
     def check(self, offset: int, found: bytes) -> None:
         """Raises: Wrong, unless a read may find these bytes now. Learns what trimming did."""
         end = offset + len(found)
-        if found != self.content[offset:end]:
-            for at in differences(found, self.content[offset:end]):
-                if found[at] or not self._trimmed[offset + at]:
-                    self.complain(offset, found, at)
-                self.content[offset + at] = 0
+        for start in range(0, len(found), SECTOR_BYTES):
+            part = found[start : start + SECTOR_BYTES]
+            place = offset + start
+            stop = place + len(part)
+            if part == self.content[place:stop]:
+                continue
+            if any(part) or self._trimmed.find(0, place, stop) >= 0:
+                for at in differences(part, self.content[place:stop]):
+                    if part[at] or not self._trimmed[place + at]:
+                        self.complain(offset, found, start + at)
+            self.content[place:stop] = part
         if self._trimmed.find(1, offset, end) >= 0:
             self._trimmed[offset:end] = bytes(len(found))
 

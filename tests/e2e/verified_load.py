@@ -8,10 +8,11 @@ requests in flight, under random cookies, and it holds the server to this:
 - a read finds the last write that was answered before it was sent, or one that was in flight
   beside it; and once somebody has seen that trimmed bytes became zeroes, they stay zeroes;
 - bad requests get their error, good ones none;
-- after a disconnect request, everything before it is answered, then the stream ends.
+- a client that disconnects or closes its half gets all answers, then the stream ends; one that
+  vanishes changes nothing any more.
 
-All clients run in one thread, on a selector. Nothing here waits for a fixed time; a request without
-an answer for `STALL_S` ends the run with a list of what was in flight.
+All clients run in one thread, on a selector. Nothing here waits for a fixed time; a request
+or a farewell without an answer for `STALL_S` ends the run with a list of what was in flight.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
-from tests.e2e.disk_model import DiskModel, Lot, Wrong, differences
+from tests.e2e.disk_model import SECTOR_BYTES, DiskModel, Lot, Wrong
 from tests.e2e.raw_nbd import (
     CMD_DISC,
     CMD_FLUSH,
@@ -138,6 +140,8 @@ class VerifiedClient:
         self._outbox = bytearray()
         self._inbox = bytearray()
         self._leaving: Farewell | None = None
+        self._leaving_since = 0.0
+        self._half_closed = False
 
     # --- its connections ---
 
@@ -148,7 +152,8 @@ class VerifiedClient:
         if self._rng.random() < 0.5:
             size = self._rng.randint(4096, 65536)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
-        self.gone, self._leaving = False, None
+        self.gone = self._half_closed = False
+        self._leaving = None
         self.connections += 1
 
     def leave(self, farewell: Farewell = Farewell.DISCONNECT) -> None:
@@ -156,6 +161,7 @@ class VerifiedClient:
         if self._leaving is not None:
             return
         self._leaving = farewell
+        self._leaving_since = time.monotonic()
         if farewell is Farewell.DISCONNECT:
             self._outbox += struct.pack(">IHHQQI", REQUEST_MAGIC, 0, CMD_DISC, 0, 0, 0)
         elif farewell is Farewell.HALF_CLOSE:
@@ -186,6 +192,11 @@ class VerifiedClient:
             self.sock.close()
 
     @property
+    def leaving(self) -> Farewell | None:
+        """How it is about to go, if it is."""
+        return None if self.gone else self._leaving
+
+    @property
     def wants_to_send(self) -> bool:
         """Whether the kernel hasn't taken all of it yet."""
         return bool(self._outbox)
@@ -196,8 +207,11 @@ class VerifiedClient:
         return [str(pending) for pending in oldest_first]
 
     def oldest_s(self, now: float) -> float:
-        """The age of the oldest request."""
-        return max((now - pending.sent_at for pending in self._pending.values()), default=0.0)
+        """The age of the oldest request, or of a farewell that the server hasn't answered."""
+        since = [pending.sent_at for pending in self._pending.values()]
+        if self.leaving is not None:
+            since.append(self._leaving_since)
+        return now - min(since, default=now)
 
     # --- sending ---
 
@@ -208,10 +222,9 @@ class VerifiedClient:
 
     def send(self) -> None:
         """Hand the kernel some of what there is to send, at times only a part of a header."""
-        if self._leaving is Farewell.VANISH:
-            if not any(pending.kind in WRITING for pending in self._pending.values()):
-                self._vanish()
-                return
+        if self._leaving is Farewell.VANISH and not self._is_writing():
+            self._vanish()
+            return
         if self._outbox:
             limit = self._rng.choice([5, 28, 5000]) if self._rng.random() < 0.05 else 1 << 20
             try:
@@ -219,8 +232,12 @@ class VerifiedClient:
             except BlockingIOError:
                 return
             del self._outbox[:sent]
-            if self._leaving is Farewell.HALF_CLOSE and not self._outbox:
-                self.sock.shutdown(socket.SHUT_WR)
+        if self._leaving is Farewell.HALF_CLOSE and not self._outbox and not self._half_closed:
+            self._half_closed = True
+            self.sock.shutdown(socket.SHUT_WR)
+
+    def _is_writing(self) -> bool:
+        return any(pending.kind in WRITING for pending in self._pending.values())
 
     def _begin(self) -> None:
         rng, choice = self._rng, self._rng.random()
@@ -357,16 +374,27 @@ class VerifiedClient:
     def _judge_beside_writes(self, pending: Pending, data: bytes) -> None:
         """Each byte is what it was, or what one of the writes beside it makes of it."""
         content, trimmed = pending.before
-        for at in differences(data, content):
-            if trimmed[at] and not data[at]:
+        cuts = {0, len(data), *range(0, len(data), SECTOR_BYTES)}
+        for other in pending.beside:
+            cuts.update((other.offset - pending.offset, other.end - pending.offset))
+        edges = sorted(cut for cut in cuts if 0 <= cut <= len(data))
+        for start, end in pairwise(edges):
+            found = data[start:end]
+            if found == content[start:end]:
                 continue
-            place = pending.offset + at
-            if not any(
-                other.offset <= place < other.end
-                and data[at] == (other.data[place - other.offset] if other.data else 0)
+            place = pending.offset + start
+            may_be = [
+                other.data[place - other.offset :][: len(found)] or bytes(len(found))
                 for other in pending.beside
-            ):
-                self._model.complain(pending.offset, data, at)
+                if other.offset <= place < other.end
+            ]
+            if found in may_be:
+                continue
+            for at, byte in enumerate(found):
+                is_trimmed = trimmed[start + at] and not byte
+                known = byte == content[start + at] or any(one[at] == byte for one in may_be)
+                if not is_trimmed and not known:
+                    self._model.complain(pending.offset, data, start + at)
 
 
 @dataclass(slots=True)
@@ -434,7 +462,10 @@ class VerifiedLoad:
         lines = [self._describe()]
         for client in self._clients:
             requests = client.in_flight()
-            lines.append(f"{client.name}: {len(requests)} in flight; {dict(client.counts)}")
+            leaving = f", leaving {client.leaving.value}" if client.leaving else ""
+            lines.append(
+                f"{client.name}: {len(requests)} in flight{leaving}; {dict(client.counts)}"
+            )
             lines += [f"    {request}" for request in requests[:5]]
         return "\n".join(lines)
 
@@ -507,4 +538,4 @@ class VerifiedLoad:
         self._looked_at = now
         oldest = max(client.oldest_s(now) for client in self._clients)
         if oldest > STALL_S:
-            raise Stalled(f"a request has had no answer for {oldest:.0f} s")
+            raise Stalled(f"a request or a farewell has had no answer for {oldest:.0f} s")
