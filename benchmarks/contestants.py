@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.decoy import Decoy
-from benchmarks.roofline import Roofline, compiler
+from benchmarks.native_programs import compiler
+from benchmarks.roofline import Roofline
 from benchmarks.workloads import Setting
 from tests.peers.blockemu import BlockemuDaemon
 from tests.peers.nbdkit import NbdKit

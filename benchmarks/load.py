@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One load on one export, or several at once: fio as a child, and what it says of itself.
+"""One load on one export, or several at once: a child, and what it says of itself.
+
+The child is fio, as users have it, or our lean client where fio would be the bottleneck: fio with
+libnbd needs a core for what a fast server does with half of one.
 
 fio's clock starts once it is connected, so a child that has run for nearly its time is under load:
 that is when `under_load` is called.
@@ -13,7 +16,9 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
+from benchmarks.native_programs import compiled
 from benchmarks.workloads import Workload
 from tests.peers.fio import Fio
 from tests.peers.qemu import ToolFailed, ToolResult
@@ -23,7 +28,7 @@ FINISH_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """What one fio job did.
+    """What one client did.
 
     Latencies are from the request's submission to its reply. fio's usual percentiles begin when
     the submission has returned, and a fast server has answered by then.
@@ -40,7 +45,7 @@ class LoadResult:
 
 
 def parse_result(output: str) -> LoadResult:
-    """The only job in fio's JSON, which may follow other words."""
+    """The only job in fio's JSON, which may follow other words; the lean client's is alike."""
     job: dict[str, Any] = json.loads(output[output.index("{") :])["jobs"][0]
     side: dict[str, Any] = max(job["read"], job["write"], key=lambda half: half["total_ios"])
     latency = side["lat_ns"]
@@ -57,6 +62,37 @@ def parse_result(output: str) -> LoadResult:
     )
 
 
+def fio_command(uri: str, workload: Workload, runtime_s: float) -> list[str]:
+    """fio's nbd engine."""
+    return Fio(uri).command(
+        pattern=workload.pattern,
+        block_bytes=workload.block_bytes,
+        depth=workload.depth,
+        extra=[
+            f"--runtime={round(runtime_s * 1000)}ms",
+            "--time_based",
+            "--clat_percentiles=0",
+            "--lat_percentiles=1",
+        ],
+    )
+
+
+def lean_command(uri: str, workload: Workload, runtime_s: float) -> list[str]:
+    """Our client, which knows unix sockets and random loads only."""
+    parts = urlsplit(uri)
+    assert parts.scheme == "nbd+unix", uri
+    assert workload.pattern in ("randread", "randwrite"), workload
+    return [
+        str(compiled("lean_client")),
+        parse_qs(parts.query)["socket"][0],
+        unquote(parts.path.removeprefix("/")),
+        workload.pattern.removeprefix("rand"),
+        str(workload.block_bytes),
+        str(workload.depth),
+        str(round(runtime_s * 1000)),
+    ]
+
+
 def run_loads(
     uris: Sequence[str],
     workload: Workload,
@@ -66,22 +102,10 @@ def run_loads(
 ) -> list[LoadResult]:
     """The same load on each of `uris` at once; results in their order.
 
-    Raises: ToolFailed when a fio reports an error.
+    Raises: ToolFailed when a client reports an error.
     """
-    commands = [
-        Fio(uri).command(
-            pattern=workload.pattern,
-            block_bytes=workload.block_bytes,
-            depth=workload.depth,
-            extra=[
-                f"--runtime={round(runtime_s * 1000)}ms",
-                "--time_based",
-                "--clat_percentiles=0",
-                "--lat_percentiles=1",
-            ],
-        )
-        for uri in uris
-    ]
+    command_of = lean_command if workload.lean else fio_command
+    commands = [command_of(uri, workload, runtime_s) for uri in uris]
     with contextlib.ExitStack() as stack:
         children = []
         for command in commands:

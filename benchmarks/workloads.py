@@ -15,12 +15,13 @@ MIB = 1024 * KIB
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One fio job shape."""
+    """One shape of load, and who makes it: fio, or where `lean` native/lean_client.c."""
 
     name: str
     pattern: str
     block_bytes: int
     depth: int
+    lean: bool = False
 
     @property
     def writes(self) -> bool:
@@ -46,6 +47,8 @@ WORKLOADS = (
     Workload("randread-4k-d32", "randread", 4 * KIB, 32),
     Workload("randwrite-4k-d1", "randwrite", 4 * KIB, 1),
     Workload("randwrite-4k-d32", "randwrite", 4 * KIB, 32),
+    Workload("randread-4k-d32-lean", "randread", 4 * KIB, 32, lean=True),
+    Workload("randwrite-4k-d32-lean", "randwrite", 4 * KIB, 32, lean=True),
     Workload("randread-64k-d16", "randread", 64 * KIB, 16),
     Workload("randwrite-64k-d16", "randwrite", 64 * KIB, 16),
     # Eight in flight is what qemu-img convert keeps, the sequential client that people wait for.
@@ -65,6 +68,8 @@ QUICK_WORKLOADS = (
     "randread-4k-d1",
     "randread-4k-d32",
     "randwrite-4k-d32",
+    "randread-4k-d32-lean",
+    "randwrite-4k-d32-lean",
     "randread-64k-d16",
     "read-1m-d8",
     "write-1m-d8",

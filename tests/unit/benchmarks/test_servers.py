@@ -13,7 +13,8 @@ import pytest
 
 from benchmarks.controlled import PIPELINED, BusyDaemon, QmpLoad
 from benchmarks.load import parse_result
-from benchmarks.roofline import Roofline, compiler
+from benchmarks.native_programs import compiler
+from benchmarks.roofline import Roofline
 from tests.e2e.raw_nbd import CMD_READ, RawNbd
 from tests.peers.process import ServerFailed
 from tests.peers.requirement import give_up
@@ -70,14 +71,13 @@ def test_roofline_says_that_a_read_past_the_end_failed(roofline: Roofline) -> No
 
 
 def test_roofline_that_does_not_compile_says_why(
-    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("benchmarks.roofline.SOURCE", tmp_path / "nothing.c")
-    monkeypatch.setattr("benchmarks.roofline.compiler", lambda: "false")
-    from benchmarks.roofline import compiled
+    monkeypatch.setattr("benchmarks.native_programs.compiler", lambda: "false")
+    from benchmarks.native_programs import compiled
 
     with pytest.raises(ServerFailed, match="doesn't compile"):
-        compiled.__wrapped__()
+        compiled.__wrapped__("roofline")
 
 
 def test_busy_daemon_serves_and_obeys(image: Path, tmp_path: Path) -> None:
