@@ -149,6 +149,7 @@ class BaseConnection(ABC):
         log.debug("%r: closed: %s", self, reason)
         if self._state is State.HUNG_UP:
             self.ctx.set_fd_handler(self._fd, external=True)
+            self._unwanted = bytearray()
         else:
             self._let_go()
         self._state = State.CLOSED

@@ -72,6 +72,11 @@ class Intake:
         if request is not None:
             self._connection.forget_request(request)
 
+    def release(self) -> None:
+        """The connection is over: also give the memory back."""
+        self.forget()
+        self._received.release()
+
     def receive(self) -> bool:
         """Read the socket once. True when there may be something to parse now."""
         received, connection = self._received, self._connection

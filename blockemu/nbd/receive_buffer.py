@@ -60,9 +60,17 @@ class ReceiveBuffer:
         self.discard_left = length - arrived
 
     def forget(self) -> None:
-        """The connection is over: no payload is expected any more."""
+        """Nothing more is to be parsed: no payload is expected any more."""
         self._expected = None
         self.discard_left = 0
+
+    def release(self) -> None:
+        """The connection is over: give the memory back now. Who is in the middle of parsing keeps
+        it until then; whatever refers to the connection in circles would keep it for minutes."""
+        self.forget()
+        self.view = memoryview(b"")
+        self.data = bytearray()
+        self.start = self.end = 0
 
     def fill(self, sock: socket.socket) -> int:
         """Receive once. The number of bytes, 0 at the end of the stream.

@@ -101,7 +101,7 @@ class Connection(BaseConnection):
     def _let_go(self) -> None:
         self.ctx.set_fd_handler(self._fd, external=True)
         self._continue_bh.delete()
-        self.intake.forget()
+        self.intake.release()
         self.replies.clear()
 
     def _is_idle(self) -> bool:
