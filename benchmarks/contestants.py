@@ -154,13 +154,23 @@ class Stand:
         finally:
             server.discard()
 
+    def take(self, image: Path) -> None:
+        """Serve another image of the same content from now on."""
+        if image == self.image:
+            return
+        self._stop()
+        self.image = image
+
     def note_peak_rss(self, server: ServerProcess) -> None:
         """Keep the highest VmHWM; called under load: a fresh server may not outlive its client."""
         self.peak_rss_kib = max(self.peak_rss_kib, server.peak_rss_kib() or 0)
 
     def close(self) -> None:
         """Stop the server and remove its image."""
+        self._stop()
+        self.image.unlink(missing_ok=True)
+
+    def _stop(self) -> None:
         if self._server is not None:
             self._server.discard()
             self._server = None
-        self.image.unlink(missing_ok=True)

@@ -24,7 +24,11 @@ time. The numbers are one run of `make bench ARGS='--markdown docs/performance.m
 with nothing else to do.
 
 How it is measured: fio's nbd engine over a unix socket, each server with its own copy of the same
-image, every block of it written. The servers take turns within a round, in rotated order,
+image, every block of it written; on a disk the copies change hands from round to round, since
+where one lies decides how fast it is. fio with libnbd takes some 5 us of processor time per
+request, so at depth 32 it is fio that is full before a fast server is: the `-lean` workloads are
+the same load by a client of our own (benchmarks/native/lean_client.c), which sends and takes
+requests in batches. The servers take turns within a round, in rotated order,
 {rounds} rounds of {runtime:g} s a workload. IOPS, MB/s, CPU and latencies are medians over the
 rounds. "blockemu / it" is the median of the ratio formed within each round, with the lowest and
 the highest: on a virtual machine this holds where absolute numbers drift. "CPU us/req" is all
