@@ -49,7 +49,7 @@ format: bootstrap
 # What a user of the package gets, not what lies here: a module that isn't packaged or a py.typed
 # that is missing shows up. setuptools would also install what an earlier build left in build/lib.
 types: bootstrap
-	rm -rf build/lib build/bdist.* build/types
+	rm -rf build/lib* build/bdist.* build/types
 	$(VENV)/python -m pip install -q --no-deps --target build/types .
 	cd build/types && ../../$(VENV)/mypy --config-file ../../pyproject.toml -p blockemu
 

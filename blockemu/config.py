@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
+from blockemu.drivers.metadata_budget import METADATA_BYTES_MAX
 from blockemu.errors import DaemonError
 from blockemu.limits import Limits
 from blockemu.loop.iothread import default_poll_params
@@ -62,6 +63,8 @@ class DaemonConfig:
     poll_params: PollParams = field(default_factory=default_poll_params)
     """Of all IOThreads."""
     limits: Limits = field(default_factory=Limits)
+    metadata_bytes_max: int = METADATA_BYTES_MAX
+    """What caches of all images' metadata may take, together."""
 
 
 def serve_config(
@@ -77,6 +80,7 @@ def serve_config(
     control_path: str | None = None,
     poll_params: PollParams | None = None,
     limits: Limits | None = None,
+    metadata_bytes_max: int = METADATA_BYTES_MAX,
 ) -> DaemonConfig:
     """The configuration of `blockemu serve`. Raises: DaemonError."""
     if not paths:
@@ -106,6 +110,7 @@ def serve_config(
         control_path=control_path,
         poll_params=poll_params or default_poll_params(),
         limits=limits,
+        metadata_bytes_max=metadata_bytes_max,
     )
 
 

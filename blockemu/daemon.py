@@ -23,6 +23,7 @@ from contextlib import AsyncExitStack
 from blockemu.config import DaemonConfig, ImageConfig, UnixAddress
 from blockemu.drivers.backend import BlockBackend
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.metadata_budget import MetadataBudget
 from blockemu.drivers.registry import Opener
 from blockemu.exports import Export, ExportTable
 from blockemu.img.size import format_size
@@ -57,7 +58,11 @@ class Daemon:
         self.config = config
         self.main_ctx = AioContext("main")
         self.iohandler_ctx = AioContext("iohandler")
-        self.opener = Opener(files=files or PosixFiles(), ctx=self.main_ctx)
+        self.opener = Opener(
+            files=files or PosixFiles(),
+            ctx=self.main_ctx,
+            metadata_budget=MetadataBudget(config.metadata_bytes_max),
+        )
         self.exports = ExportTable()
         self.iothreads: dict[str, IOThread] = {}
         self.nbd = NbdServer(self.iohandler_ctx, self.exports, limits=config.limits)

@@ -20,6 +20,7 @@ from blockemu.drivers.errors import io_error
 if TYPE_CHECKING:
     from blockemu.drivers.child import Permission
     from blockemu.drivers.direct_map import DirectMap
+    from blockemu.drivers.metadata_budget import Share
     from blockemu.drivers.node import BlockDriverState
     from blockemu.drivers.registry import Opener
     from blockemu.loop.aio_context import AioContext
@@ -65,6 +66,9 @@ class BlockDriver(ABC):
 
     host_file: HostFile | None = None
     """The host file whose bytes are this node's bytes, offset by offset, where there is one."""
+
+    metadata_share: Share | None = None
+    """Of the daemon's memory for metadata, where the driver takes any."""
 
     def __init__(self, node: BlockDriverState) -> None:
         self.node = node

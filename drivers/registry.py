@@ -23,6 +23,7 @@ from typing import Any
 from blockemu.drivers.child import BdrvChild, Permission, Role
 from blockemu.drivers.driver import BlockDriver
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.metadata_budget import MetadataBudget
 from blockemu.drivers.node import NESTED_IMAGES_MAX, BlockDriverState
 from blockemu.drivers.options import refuse_unknown, take_bool, take_str
 from blockemu.loop.aio_context import AioContext
@@ -87,9 +88,15 @@ class Opener:
     """Opens nodes into one graph. Context: the main context's home thread, `ctx`."""
 
     def __init__(
-        self, *, files: FileEngine, ctx: AioContext, drivers: DriverTable | None = None
+        self,
+        *,
+        files: FileEngine,
+        ctx: AioContext,
+        drivers: DriverTable | None = None,
+        metadata_budget: MetadataBudget | None = None,
     ) -> None:
         self.files = files
+        self.metadata_budget = metadata_budget or MetadataBudget()
         self.ctx = ctx
         self.drivers = drivers or DriverTable()
         self.nodes: dict[str, BlockDriverState] = {}

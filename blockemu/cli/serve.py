@@ -8,6 +8,7 @@ import os
 import click
 
 from blockemu.cli.failure import one_line
+from blockemu.cli.sizes import read_size
 from blockemu.cli.verbosity import CliState, verbose_option
 
 EPILOG = """
@@ -104,6 +105,14 @@ Examples:
     help="By how much it shrinks when work comes later; 0 begins anew.",
 )
 @click.option(
+    "--metadata-memory",
+    "metadata_bytes",
+    callback=read_size,
+    default=None,
+    metavar="SIZE",
+    help="Memory for the caches of all images' metadata together.  [default: 1G]",
+)
+@click.option(
     "--control",
     "control_path",
     metavar="PATH",
@@ -127,6 +136,7 @@ def serve(
     poll_max_ns: int | None,
     poll_grow: int,
     poll_shrink: int,
+    metadata_bytes: int | None,
     control_path: str | None,
     images: tuple[str, ...],
 ) -> None:
@@ -134,6 +144,7 @@ def serve(
     from blockemu.cli.open_files import raise_open_files_limit
     from blockemu.config import NBD_PORT, TcpAddress, UnixAddress, serve_config
     from blockemu.daemon import Daemon
+    from blockemu.drivers.metadata_budget import METADATA_BYTES_MAX
     from blockemu.loop.iothread import default_poll_params
     from blockemu.loop.poller import PollParams
     from blockemu.notify import make_notify
@@ -147,6 +158,8 @@ def serve(
         address = TcpAddress(
             "127.0.0.1" if host is None else host, NBD_PORT if port is None else port
         )
+    if metadata_bytes is None:
+        metadata_bytes = METADATA_BYTES_MAX
     config = serve_config(
         images,
         names=names,
@@ -162,6 +175,7 @@ def serve(
             grow=poll_grow,
             shrink=poll_shrink,
         ),
+        metadata_bytes_max=metadata_bytes,
     )
     if state.owns_process:
         raise_open_files_limit()

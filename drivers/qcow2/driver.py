@@ -11,7 +11,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Self
 
 from blockemu.drivers.child import Permission, Role
-from blockemu.drivers.direct_map import DirectMap
+from blockemu.drivers.direct_map import PAGE_BYTES, PAGES_MAX, DirectMap
 from blockemu.drivers.driver import BlockDriver, BlockStatus, RequestFlags
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.map_slot import MapSlot
@@ -21,15 +21,20 @@ from blockemu.drivers.qcow2.features import CORRUPT, DIRTY, LAZY_REFCOUNTS
 from blockemu.drivers.qcow2.header import MAGIC, Header
 from blockemu.drivers.qcow2.header_file import read_header
 from blockemu.drivers.qcow2.image import Image, open_image
-from blockemu.drivers.qcow2.options import take_options
+from blockemu.drivers.qcow2.layout import div_up
+from blockemu.drivers.qcow2.options import L2_CACHE, REFCOUNT_CACHE, take_options
 from blockemu.drivers.qcow2.probe import names_other_file
 
 if TYPE_CHECKING:
     from blockemu.drivers.child import BdrvChild
+    from blockemu.drivers.metadata_budget import Share
     from blockemu.drivers.node import BlockDriverState
     from blockemu.drivers.registry import Opener
 
 log = logging.getLogger(__name__)
+
+MAP_PAGES_MIN = 4096
+"""Clusters that an image's direct map holds however little memory is left."""
 
 
 class Qcow2Driver(BlockDriver):
@@ -38,9 +43,11 @@ class Qcow2Driver(BlockDriver):
 
     name = "qcow2"
 
-    def __init__(self, node: Any, image: Image, file: BdrvChild) -> None:
+    def __init__(self, node: Any, image: Image, file: BdrvChild, share: Share) -> None:
         super().__init__(node)
         self.image = image
+        self.metadata_share: Share = share
+        self._pages_max = self._take_share(share)
         self._file = file
         self._bits = image.layout.cluster_bits
         self._map_slot = MapSlot(self._make_map)
@@ -58,13 +65,18 @@ class Qcow2Driver(BlockDriver):
         )
         name = node.filename or node.node_name
         header = await read_header(name, file)
-        own = take_options(name, options, header.layout, header.size)
-        image = await open_image(
-            name, header, file, read_only=node.read_only, options=own,
-            buffers=lambda: node.ctx.buffers,
-        )  # fmt: skip
-        image.reader.backing = await _open_backing(name, header, node, options, opener)
-        return cls(node, image, file)
+        share = opener.metadata_budget.new_share()
+        try:
+            own = take_options(name, options, header.layout, header.size, share)
+            image = await open_image(
+                name, header, file, read_only=node.read_only, options=own,
+                buffers=lambda: node.ctx.buffers,
+            )  # fmt: skip
+            image.reader.backing = await _open_backing(name, header, node, options, opener)
+        except BaseException:
+            share.release()
+            raise
+        return cls(node, image, file, share)
 
     @classmethod
     def recognises(cls, start: bytes) -> bool:
@@ -141,7 +153,23 @@ class Qcow2Driver(BlockDriver):
 
     # --- life ---
 
+    def _take_share(self, share: Share) -> int:
+        """Completes the share, and says how to measure its parts. Returns the map's pages."""
+        image = self.image
+        pages = min(PAGES_MAX, max(1, div_up(self.length_bytes, self.cluster_size)))
+        map_bytes = share.reserve(
+            "direct-map", pages * PAGE_BYTES, least_bytes=MAP_PAGES_MIN * PAGE_BYTES
+        )
+        share.reserve("root-tables", image.root_bytes, least_bytes=image.root_bytes)
+        parts = share.parts
+        parts[L2_CACHE].used = lambda: image.l2.bytes_used
+        parts[REFCOUNT_CACHE].used = lambda: image.blocks.bytes_used
+        parts["direct-map"].used = lambda: len(self._map_slot.map or ()) * PAGE_BYTES
+        parts["root-tables"].used = lambda: image.root_bytes
+        return map_bytes // PAGE_BYTES
+
     async def close(self) -> None:
+        self.metadata_share.release()
         await self.drop_direct_map()
         if self.node.read_only:
             return
@@ -162,7 +190,9 @@ class Qcow2Driver(BlockDriver):
         host = file.host_file
         if host is None or self.cluster_size < host.request_alignment:
             return None
-        made = DirectMap(host, page_bits=self._bits, length=self.length_bytes)
+        made = DirectMap(
+            host, page_bits=self._bits, length=self.length_bytes, pages_max=self._pages_max
+        )
         self.image.reader.direct_map = made
         return made, file.child.node
 

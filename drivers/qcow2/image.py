@@ -49,6 +49,9 @@ class Image:
     file: ImageFile
     header_file: HeaderFile
     l1: RootTable
+    l2: TableCache
+    reftable: RootTable
+    blocks: TableCache
     writer: MetadataWriter
     refcounts: Refcounts
     clusters: ClusterMap
@@ -61,6 +64,11 @@ class Image:
     @property
     def header(self) -> Header:
         return self.header_file.header
+
+    @property
+    def root_bytes(self) -> int:
+        """Memory of the tables that are kept whole."""
+        return (len(self.l1) + len(self.reftable)) * ENTRY_BYTES
 
     async def flush(self) -> None:
         """All completed writes are durable when this returns; space let go of is free again."""
@@ -161,7 +169,8 @@ def _assemble(
         mutex=mutex,
     )  # fmt: skip
     return Image(
-        name=name, layout=layout, file=file, header_file=header_file, l1=l1, writer=writer,
+        name=name, layout=layout, file=file, header_file=header_file,
+        l1=l1, l2=l2, reftable=reftable, blocks=blocks, writer=writer,
         refcounts=refcounts, clusters=clusters, reader=reader, guest_writer=guest_writer,
         eraser=eraser, locks=ClusterLocks(), mutex=mutex,
     )  # fmt: skip

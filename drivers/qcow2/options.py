@@ -3,18 +3,26 @@
 
 `l2-cache-size`, `refcount-cache-size`, `cache-size` (both together): bytes. The L2 cache's default
 is what maps the whole disk, at least 1 MiB and at most 32: with 64 KiB clusters, 1 MiB of it maps
-8 GiB of disk. It is a bound, and filled on demand. The refcount cache needs little: only allocation
+8 GiB of disk. It is a bound, and filled on demand; a daemon with many large images may grant less
+(metadata_budget.py). The refcount cache needs little: only allocation
 uses it.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.options import take_bool, take_size
 from blockemu.drivers.qcow2.layout import CLUSTER_BITS_MIN, Layout, div_up
 from blockemu.drivers.qcow2.table_cache import SLICE_BYTES
+
+if TYPE_CHECKING:
+    from blockemu.drivers.metadata_budget import Share
+
+# Parts of an image's share of the metadata budget.
+L2_CACHE = "l2-cache"
+REFCOUNT_CACHE = "refcount-cache"
 
 L2_CACHE_MIN = 1024 * 1024
 L2_CACHE_MAX = 32 * 1024 * 1024
@@ -30,8 +38,13 @@ class Options(NamedTuple):
     pass_discard: bool
 
 
-def take_options(name: str, options: dict[str, Any], layout: Layout, size_bytes: int) -> Options:
-    """Take this driver's own options out of `options`. Raises: ImageError."""
+def take_options(
+    name: str, options: dict[str, Any], layout: Layout, size_bytes: int, share: Share
+) -> Options:
+    """Take this driver's own options out of `options`. What they leave open is the share's to say.
+
+    Raises: ImageError.
+    """
     total = take_size(name, options, "cache-size", None)
     l2_bytes = take_size(name, options, "l2-cache-size", None)
     refcount_bytes = take_size(name, options, "refcount-cache-size", None)
@@ -43,11 +56,15 @@ def take_options(name: str, options: dict[str, Any], layout: Layout, size_bytes:
         )
     if total is not None:
         l2_bytes, refcount_bytes = _split(name, total, l2_bytes, refcount_bytes)
-    if l2_bytes is None:
-        needed = div_up(size_bytes, layout.cluster_size) * 8
-        l2_bytes = min(max(needed, L2_CACHE_MIN), L2_CACHE_MAX)
     if refcount_bytes is None:
         refcount_bytes = REFCOUNT_CACHE_BYTES
+    share.reserve(REFCOUNT_CACHE, refcount_bytes, least_bytes=refcount_bytes)
+    if l2_bytes is None:
+        needed = div_up(size_bytes, layout.cluster_size) * 8
+        wanted = min(max(needed, L2_CACHE_MIN), L2_CACHE_MAX)
+        l2_bytes = share.reserve(L2_CACHE, wanted, least_bytes=L2_CACHE_MIN)
+    else:
+        share.reserve(L2_CACHE, l2_bytes, least_bytes=l2_bytes)
     return Options(l2_bytes, refcount_bytes, min(slice_bytes, layout.cluster_size), pass_discard)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockemu.img.info import image_info
 from blockemu.qmp.command import Command, Session
+from blockemu.qmp.schema import NoArguments
 
 if TYPE_CHECKING:
     from blockemu.drivers.node import BlockDriverState
@@ -57,6 +58,27 @@ def describe_node(node: BlockDriverState, *, flat: bool) -> dict[str, Any]:
     return shown
 
 
+async def query_metadata_memory(session: Session, arguments: NoArguments) -> dict[str, Any]:
+    """What the images' metadata may take of our memory, and what it takes. Not a command of
+    QEMU's: members may change."""
+    opener = session.daemon.opener
+    return {
+        "bytes-max": opener.metadata_budget.bytes_max,
+        "bytes-granted": opener.metadata_budget.granted_bytes,
+        "nodes": [
+            {
+                "node-name": node.node_name,
+                "parts": [
+                    {"part": name, "bytes-max": part.bytes_max, "bytes-used": part.used()}
+                    for name, part in share.parts.items()
+                ],
+            }
+            for node in opener.nodes.values()
+            if (share := node.driver.metadata_share) is not None
+        ],
+    }
+
+
 def _backing(node: BlockDriverState) -> BlockDriverState | None:
     edge = node.children.get("backing")
     return edge.node if edge is not None else None
@@ -80,4 +102,7 @@ def _cache(node: BlockDriverState) -> dict[str, Any]:
     }
 
 
-COMMANDS = (Command("query-named-block-nodes", query_named_block_nodes, NamedBlockNodesArguments),)
+COMMANDS = (
+    Command("query-named-block-nodes", query_named_block_nodes, NamedBlockNodesArguments),
+    Command("x-query-metadata-memory", query_metadata_memory),
+)

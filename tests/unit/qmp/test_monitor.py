@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import blockemu
+from blockemu.drivers.metadata_budget import MetadataBudget
 from blockemu.loop.aio_context import AioContext
 from blockemu.nbd.statistics import ExportStatistics
 from blockemu.qmp import dispatch, monitor
@@ -249,6 +250,26 @@ def test_export_stats_tell_each_operation(client: LoopClient, daemon: Any) -> No
         "latency-p50-ns": 1023,
         "latency-p99-ns": 4054,
         "latency-p999-ns": 4090,
+    }
+
+
+def test_metadata_memory_tells_the_bound_and_each_nodes_parts(
+    client: LoopClient, daemon: Any
+) -> None:
+    daemon.opener.metadata_budget = budget = MetadataBudget(1000)
+    share = budget.new_share()
+    share.reserve("l2-cache", 600)
+    share.parts["l2-cache"].used = lambda: 512
+    driver, plain = SimpleNamespace(metadata_share=share), SimpleNamespace(metadata_share=None)
+    daemon.opener.nodes = {
+        "a": SimpleNamespace(node_name="a", driver=driver),
+        "b": SimpleNamespace(node_name="b", driver=plain),
+    }
+    part = {"part": "l2-cache", "bytes-max": 600, "bytes-used": 512}
+    assert client.execute("x-query-metadata-memory")["return"] == {
+        "bytes-max": 1000,
+        "bytes-granted": 600,
+        "nodes": [{"node-name": "a", "parts": [part]}],
     }
 
 
