@@ -30,7 +30,6 @@ from tests.peers.qemu import QemuImg, QemuIo
 from tests.peers.requirement import require_peer
 
 HOUSE = Path(__file__).parents[2]
-BUILD = HOUSE / "tools" / "sanitized-build"
 pytestmark = pytest.mark.skipif(
     os.environ.get("BLOCKEMU_NATIVE") == "0", reason="is about the C data path"
 )
@@ -53,19 +52,6 @@ SERVED = [
     ("qcow2", "writeback", "memory"),
     ("qcow2", "direct", "disk"),
 ]
-
-
-@pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """In which `blockemu` is the sanitized build."""
-    folder = tmp_path_factory.mktemp("sanitized")
-    result = subprocess.run([BUILD, folder], capture_output=True, text=True)
-    if "no libasan" in result.stderr or "cannot find -l" in result.stderr:
-        pytest.skip("the compiler has no sanitizers installed")
-    assert result.returncode == 0, result.stderr
-    made = dict(line.split("=", 1) for line in result.stdout.splitlines())
-    made["BLOCKEMU_NATIVE"] = "1"
-    return made
 
 
 @pytest.fixture
