@@ -104,10 +104,13 @@ class BlockDriverState:
         """Write `view` at `offset`. Any alignment. Past the end of a protocol node it grows.
 
         Suspends: while I/O is under way, or older writes must finish first.
-        Raises: OSError (EPERM on a read-only node, ENOSPC, EIO).
+        Raises: OSError (EPERM on a read-only node, ENOSPC, EIO; ENOTSUP for WRITE_COMPRESSED on
+        a driver that can't).
         """
         length = len(view)
         self._check_write(offset, length)
+        if flags and flags & RequestFlags.WRITE_COMPRESSED:
+            self._check_compressed()
         self.in_flight += 1
         try:
             mask = self.driver.request_alignment - 1
@@ -211,6 +214,11 @@ class BlockDriverState:
         self._check_range(offset, length)
         if self.read_only:
             raise io_error(errno.EPERM, f"{self.node_name} is read-only")
+
+    def _check_compressed(self) -> None:
+        if not self.driver.supports_compressed_writes:
+            reason = f"{self.node_name}: driver {self.driver.name} writes nothing compressed"
+            raise io_error(errno.ENOTSUP, reason)
 
     def _leave(self) -> None:
         self.in_flight -= 1

@@ -42,6 +42,7 @@ class Qcow2Driver(BlockDriver):
     says); those of options.py."""
 
     name = "qcow2"
+    supports_compressed_writes = True
 
     def __init__(self, node: Any, image: Image, file: BdrvChild, share: Share) -> None:
         super().__init__(node)
@@ -107,6 +108,9 @@ class Qcow2Driver(BlockDriver):
             image.locks.release(held)
 
     async def pwritev(self, offset: int, view: memoryview, flags: RequestFlags) -> None:
+        if flags and flags & RequestFlags.WRITE_COMPRESSED:
+            await self._write_compressed(offset, view)
+            return
         image = self.image
         first, last = offset >> self._bits, (offset + len(view) - 1) >> self._bits
         held = image.locks.try_shared(first, last) or await image.locks.shared(first, last)
@@ -118,6 +122,16 @@ class Qcow2Driver(BlockDriver):
         held = await image.locks.exclusive(first, last)
         try:
             await image.guest_writer.write(offset, view)
+        finally:
+            image.locks.release(held)
+
+    async def _write_compressed(self, offset: int, view: memoryview) -> None:
+        image = self.image
+        image.compressor.check(offset, len(view))
+        first, last = offset >> self._bits, (offset + len(view) - 1) >> self._bits
+        held = await image.locks.exclusive(first, last)
+        try:
+            await image.compressor.write(offset, view)
         finally:
             image.locks.release(held)
 

@@ -106,6 +106,10 @@ class GuestReader:
             guest += size
             host += size
 
+    def forget_unpacked(self) -> None:
+        """Compressed clusters are about to be entered, maybe where others have been."""
+        self._unpacked = None
+
     async def _read_extent(self, extent: Extent, offset: int, view: memoryview) -> None:
         kind = extent.kind
         if kind is Kind.DATA:

@@ -2,9 +2,9 @@
 """An open image: all the parts of this folder, put together over one file.
 
 Who needs whom, bottom up: `file` (image_file.py); the caches and root tables; the metadata writer,
-which writes them back in order; the refcounts; the cluster map; and on top the three that do the
-guest's work: reader, writer, eraser. `locks` keeps guest clusters apart, `mutex` the metadata:
-whoever allocates, creates or copies a table holds it.
+which writes them back in order; the refcounts; the cluster map; and on top those that do the
+guest's work: reader, writers (plain, compressed), eraser. `locks` keeps guest clusters apart,
+`mutex` the metadata: whoever allocates, creates or copies a table holds it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.qcow2.cluster_lock import ClusterLocks
 from blockemu.drivers.qcow2.cluster_map import ClusterMap
-from blockemu.drivers.qcow2.compression import decompressor
+from blockemu.drivers.qcow2.compression import compressor, decompressor
 from blockemu.drivers.qcow2.damage import DamageLog
+from blockemu.drivers.qcow2.guest_compress import GuestCompressor
 from blockemu.drivers.qcow2.guest_erase import GuestEraser
 from blockemu.drivers.qcow2.guest_read import GuestReader
 from blockemu.drivers.qcow2.guest_write import GuestWriter
@@ -26,6 +27,7 @@ from blockemu.drivers.qcow2.header_file import HeaderFile
 from blockemu.drivers.qcow2.image_file import ImageFile
 from blockemu.drivers.qcow2.layout import Layout
 from blockemu.drivers.qcow2.metadata_writer import MetadataWriter
+from blockemu.drivers.qcow2.packed_space import PackedSpace
 from blockemu.drivers.qcow2.refcount import Refcounts
 from blockemu.drivers.qcow2.refcount_width import RefcountWidth
 from blockemu.drivers.qcow2.root_table import ENTRY_BYTES, RootTable
@@ -58,6 +60,7 @@ class Image:
     reader: GuestReader
     guest_writer: GuestWriter
     eraser: GuestEraser
+    compressor: GuestCompressor
     locks: ClusterLocks
     mutex: Mutex
 
@@ -168,9 +171,16 @@ def _assemble(
         layout, clusters=clusters, writer=writer, reader=reader, guest_writer=guest_writer,
         mutex=mutex,
     )  # fmt: skip
+    space = PackedSpace(layout, refcounts=refcounts)
+    refcounts.on_freed = space.forget
+    packer = GuestCompressor(
+        layout, file=file, clusters=clusters, space=space, writer=writer, reader=reader,
+        guest_writer=guest_writer, eraser=eraser, mutex=mutex,
+        compress=compressor(name, header.compression_type),
+    )  # fmt: skip
     return Image(
         name=name, layout=layout, file=file, header_file=header_file,
         l1=l1, l2=l2, reftable=reftable, blocks=blocks, writer=writer,
         refcounts=refcounts, clusters=clusters, reader=reader, guest_writer=guest_writer,
-        eraser=eraser, locks=ClusterLocks(), mutex=mutex,
+        eraser=eraser, compressor=packer, locks=ClusterLocks(), mutex=mutex,
     )  # fmt: skip

@@ -36,6 +36,8 @@ from blockemu.drivers.qcow2.root_table import ENTRY_BYTES, RootTable
 from blockemu.drivers.qcow2.table_cache import Slice, TableCache, disk_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from blockemu.drivers.qcow2.damage import DamageLog
     from blockemu.drivers.qcow2.header_file import HeaderFile
     from blockemu.drivers.qcow2.image_file import ImageFile
@@ -82,6 +84,8 @@ class Refcounts:
         self._slice_entries = width.entries(cache.slice_bytes)
         self._search_from = 0
         """No cluster before this one is free."""
+        self.on_freed: Callable[[int], object] = lambda cluster: None
+        """Told of each host cluster whose count has become 0."""
         self.used_end = div_up(file.length, layout.cluster_size)
         """Behind the last cluster that was ever in use, or may have been."""
 
@@ -158,6 +162,16 @@ class Refcounts:
         await self._cover(cluster << self._layout.cluster_bits)
         await self._add(Reference(first, count), 1)
         return Allocation(first, count, self._take(first, count))
+
+    async def share(self, cluster: int) -> bool:
+        """Count one more reference to a cluster in use. False, if its count is at its limit.
+
+        Suspends: for the table to be read. Raises: OSError; nothing is counted then.
+        """
+        if await self.get(cluster) >= self._layout.refcount_max:
+            return False
+        await self._add(Reference(cluster, 1), 1)
+        return True
 
     def _refuse_metadata(self, first: int, count: int, claim: str) -> None:
         """Raises: OSError(EIO), if `claim` is made for the place of a table."""
@@ -279,6 +293,7 @@ class Refcounts:
         self._width.set(found.words, index, count)
         if not count:
             self._search_from = min(self._search_from, cluster)
+            self.on_freed(cluster)
         return count
 
     async def _forget_table(self, reference: Reference) -> None:
