@@ -68,7 +68,7 @@ class Qcow2Driver(BlockDriver):
         header = await read_header(name, file)
         share = opener.metadata_budget.new_share()
         try:
-            own = take_options(name, options, header.layout, header.size, share)
+            own = take_options(name, options, header.layout, header.size, share, unmap=node.unmap)
             image = await open_image(
                 name, header, file, read_only=node.read_only, options=own,
                 buffers=lambda: node.ctx.buffers,
@@ -208,6 +208,7 @@ class Qcow2Driver(BlockDriver):
             host, page_bits=self._bits, length=self.length_bytes, pages_max=self._pages_max
         )
         self.image.reader.direct_map = made
+        self.image.reader.maps_writes = self.node.maps_writes and file.child.node.maps_writes
         return made, file.child.node
 
     def info(self) -> dict[str, Any]:

@@ -110,7 +110,7 @@ async def open_image(
             header.refcount_table_offset,
             (header.refcount_table_clusters << layout.cluster_bits) // ENTRY_BYTES,
         )
-        image = _assemble(name, header, file, l1, reftable, options, buffers, read_only=read_only)
+        image = _assemble(name, header, file, l1, reftable, options, buffers)
         if not read_only:
             await image.header_file.clear_autoclear()
     except OSError as error:
@@ -134,8 +134,6 @@ def _assemble(
     reftable: RootTable,
     options: Options,
     buffers: Callable[[], BufferPool],
-    *,
-    read_only: bool,
 ) -> Image:
     layout = header.layout
     damage = DamageLog(name)
@@ -161,7 +159,7 @@ def _assemble(
     mutex = Mutex()
     reader = GuestReader(
         layout, file=file, clusters=clusters, backing=None,
-        decompress=decompressor(name, header.compression_type), damage=damage, read_only=read_only,
+        decompress=decompressor(name, header.compression_type), damage=damage,
     )  # fmt: skip
     guest_writer = GuestWriter(
         layout, file=file, clusters=clusters, refcounts=refcounts, writer=writer, reader=reader,
