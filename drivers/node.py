@@ -66,6 +66,8 @@ class BlockDriverState:
         """How many images the longest backing chain below this node has."""
         self.file_options: dict[str, Any] = {}
         """How this node's file was opened (aio, cache), for backing files to inherit."""
+        self._refusal: str | None = None
+        """Why writes fail with EIO, on a node that has become read-only."""
         self.force_share = False
         """Opened without image locks: others may write meanwhile (`img info -U`)."""
         self.unmap = True
@@ -94,6 +96,11 @@ class BlockDriverState:
     def maps_writes(self) -> bool:
         """Whether a direct map may lead writes past this node, which then doesn't see them."""
         return not self.read_only and self._zeroes_as is None
+
+    def refuse_writes(self, reason: str) -> None:
+        """What is below is damaged: from now on every write fails with EIO, and reads go on."""
+        self.read_only = True
+        self._refusal = reason
 
     def set_detect_zeroes(self, mode: str) -> None:
         """Before the first request; "unmap" only together with `unmap`."""
@@ -202,7 +209,7 @@ class BlockDriverState:
     async def flush(self) -> None:
         """Every write acknowledged before this call is on stable storage when it returns."""
         assert self.ctx.is_home(), self
-        if self.read_only:
+        if self.read_only and self._refusal is None:
             return
         self.in_flight += 1
         try:
@@ -242,6 +249,8 @@ class BlockDriverState:
     def _check_write(self, offset: int, length: int) -> None:
         self._check_range(offset, length)
         if self.read_only:
+            if self._refusal is not None:
+                raise io_error(errno.EIO, f"{self.node_name}: {self._refusal}")
             raise io_error(errno.EPERM, f"{self.node_name} is read-only")
 
     def _check_compressed(self) -> None:

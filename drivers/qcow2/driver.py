@@ -52,6 +52,7 @@ class Qcow2Driver(BlockDriver):
         self._file = file
         self._bits = image.layout.cluster_bits
         self._map_slot = MapSlot(self._make_map)
+        image.mark.refuse_writes = self._refuse_writes
 
     @classmethod
     async def open(cls, node: Any, options: dict[str, Any], opener: Opener) -> Self:
@@ -181,6 +182,12 @@ class Qcow2Driver(BlockDriver):
         parts["direct-map"].used = lambda: len(self._map_slot.map or ()) * PAGE_BYTES
         parts["root-tables"].used = lambda: image.root_bytes
         return map_bytes // PAGE_BYTES
+
+    async def _refuse_writes(self) -> None:
+        """The image is being marked corrupt. Suspends: until no write goes past us any more."""
+        self.node.refuse_writes(f"{self.image.name} is marked corrupt")
+        self.image.reader.maps_writes = False
+        await self.drop_direct_map()
 
     async def close(self) -> None:
         self.metadata_share.release()

@@ -17,6 +17,7 @@ from blockemu.drivers.errors import ImageError
 from blockemu.drivers.qcow2.cluster_lock import ClusterLocks
 from blockemu.drivers.qcow2.cluster_map import ClusterMap
 from blockemu.drivers.qcow2.compression import compressor, decompressor
+from blockemu.drivers.qcow2.corrupt_mark import CorruptMark
 from blockemu.drivers.qcow2.damage import DamageLog
 from blockemu.drivers.qcow2.guest_compress import GuestCompressor
 from blockemu.drivers.qcow2.guest_erase import GuestEraser
@@ -63,6 +64,7 @@ class Image:
     compressor: GuestCompressor
     locks: ClusterLocks
     mutex: Mutex
+    mark: CorruptMark
 
     @property
     def header(self) -> Header:
@@ -74,7 +76,14 @@ class Image:
         return (len(self.l1) + len(self.reftable)) * ENTRY_BYTES
 
     async def flush(self) -> None:
-        """All completed writes are durable when this returns; space let go of is free again."""
+        """All completed writes are durable when this returns; space let go of is free again.
+
+        Raises: OSError: of the host, or because the image is marked corrupt and something is left
+        that can't be written any more.
+        """
+        if self.mark.is_done and not self.writer.is_dirty:
+            await self.file.flush()
+            return
         await self.writer.flush()
         if self.writer.released:
             async with self.mutex:
@@ -139,6 +148,7 @@ def _assemble(
     damage = DamageLog(name)
     header_file = HeaderFile(header, file)
     writer = MetadataWriter(file)
+    mark = CorruptMark(name, header=header_file, writer=writer)
     width = RefcountWidth(layout.refcount_order)
     blocks = TableCache(
         file, typecode=width.typecode, slice_bytes=options.slice_bytes,
@@ -151,7 +161,7 @@ def _assemble(
     writer.attach(blocks=blocks, reftable=reftable, l2=l2, l1=l1)
     refcounts = Refcounts(
         layout, file=file, cache=blocks, table=reftable, width=width, writer=writer,
-        header=header_file, damage=damage, pass_discard=options.pass_discard,
+        header=header_file, damage=damage, mark=mark, pass_discard=options.pass_discard,
     )  # fmt: skip
     clusters = ClusterMap(
         layout, file=file, l1=l1, l2=l2, refcounts=refcounts, writer=writer, damage=damage
@@ -180,5 +190,5 @@ def _assemble(
         name=name, layout=layout, file=file, header_file=header_file,
         l1=l1, l2=l2, reftable=reftable, blocks=blocks, writer=writer,
         refcounts=refcounts, clusters=clusters, reader=reader, guest_writer=guest_writer,
-        eraser=eraser, compressor=packer, locks=ClusterLocks(), mutex=mutex,
+        eraser=eraser, compressor=packer, locks=ClusterLocks(), mutex=mutex, mark=mark,
     )  # fmt: skip
