@@ -51,6 +51,8 @@ class ImageConfig:
     read_only: bool = False
     direct: bool = False
     aio: str = "native"
+    discard: str = "unmap"
+    detect_zeroes: str = "off"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,8 @@ def serve_config(
     read_only: bool = False,
     direct: bool = False,
     aio: str = "native",
+    discard: str = "unmap",
+    detect_zeroes: str = "off",
     address: TcpAddress | UnixAddress | None = None,
     control_path: str | None = None,
     poll_params: PollParams | None = None,
@@ -87,6 +91,8 @@ def serve_config(
         raise DaemonError("serve", "no image given")
     if len(paths) > IMAGES_MAX:
         raise DaemonError("serve", f"more than {IMAGES_MAX} images")
+    if detect_zeroes == "unmap" and discard != "unmap":
+        raise DaemonError("--detect-zeroes unmap", "goes with --discard unmap only")
     limits = limits or Limits()
     export_names = _export_names(paths, names, limits)
     threads = _threads(len(paths), iothreads)
@@ -99,6 +105,8 @@ def serve_config(
             read_only=read_only,
             direct=direct,
             aio=aio,
+            discard=discard,
+            detect_zeroes=detect_zeroes,
         )
         for path, name, thread in zip(paths, export_names, threads, strict=True)
     )

@@ -169,6 +169,8 @@ class Daemon:
             read_only=image.read_only,
             direct=image.direct,
             aio=image.aio,
+            discard=image.discard,
+            detect_zeroes=image.detect_zeroes,
         )
         try:
             backend = BlockBackend(image.export_name, node, writable=not image.read_only)

@@ -37,6 +37,9 @@ class RequestFlags(enum.IntFlag):
     """Zeroes may be a hole: the space need not stay allocated."""
     NO_FALLBACK = 4
     """Fail with ENOTSUP sooner than write zero bytes the slow way."""
+    WRITE_COMPRESSED = 8
+    """Store what is written compressed, where that saves space. Whole clusters of the format only
+    (the disk's last one may be short): EINVAL. ENOTSUP, where the driver can't."""
 
 
 class BlockStatus(NamedTuple):
@@ -63,6 +66,8 @@ class BlockDriver(ABC):
     """At the bottom of the graph: reads past its end are zeroes, writes past it make it grow."""
     supports_fua: ClassVar[bool] = False
     """`pwritev` and `pwrite_zeroes` honour FUA themselves; otherwise the node flushes."""
+    supports_compressed_writes: ClassVar[bool] = False
+    """`pwritev` honours WRITE_COMPRESSED; otherwise it is never handed the flag."""
 
     host_file: HostFile | None = None
     """The host file whose bytes are this node's bytes, offset by offset, where there is one."""

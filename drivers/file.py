@@ -31,7 +31,7 @@ FULL_WRITE_BYTES = 1024 * 1024
 class FileDriver(BlockDriver):
     """Options: `filename`; `aio` native (default) or threads; `cache.direct` on or off (default);
     `cache.no-flush` (flushes are acknowledged and forgotten: for throw-away images only);
-    `locking` auto (default) or off; `discard` unmap (default) or ignore."""
+    `locking` auto (default) or off."""
 
     name = "file"
     is_protocol = True
@@ -43,13 +43,11 @@ class FileDriver(BlockDriver):
         *,
         lock: ImageLock | None,
         no_flush: bool,
-        unmap: bool,
     ) -> None:
         super().__init__(node)
         self.host_file: HostFile = file
         self._lock = lock
         self._no_flush = no_flush
-        self._unmap = unmap
         self._length_bytes = file.size_bytes()
         self._map_slot = MapSlot(self._make_map)
 
@@ -58,7 +56,6 @@ class FileDriver(BlockDriver):
         filename = take_str(node.node_name, options, "filename")
         aio = take_choice(filename, options, "aio", ("native", "threads"), "native")
         locking = take_choice(filename, options, "locking", ("auto", "off"), "auto")
-        discard = take_choice(filename, options, "discard", ("unmap", "ignore"), "unmap")
         cache = take_dict(filename, options, "cache")
         direct = take_bool(filename, cache, "direct", default=False)
         no_flush = take_bool(filename, cache, "no-flush", default=False)
@@ -70,7 +67,7 @@ class FileDriver(BlockDriver):
         file.attach(node.ctx)
         lock = ImageLock(file) if locking == "auto" and not node.force_share else None
         try:
-            return cls(node, file, lock=lock, no_flush=no_flush, unmap=discard == "unmap")
+            return cls(node, file, lock=lock, no_flush=no_flush)
         except OSError as error:
             file.close()
             raise ImageError.from_os_error(filename, error) from error
@@ -103,12 +100,12 @@ class FileDriver(BlockDriver):
     async def pwrite_zeroes(self, offset: int, length: int, flags: RequestFlags) -> None:
         if offset + length > self._length_bytes:
             raise io_error(errno.ENOTSUP, "zeroes past the end are written")
-        unmap = bool(flags & RequestFlags.MAY_UNMAP) and self._unmap
+        unmap = bool(flags & RequestFlags.MAY_UNMAP)
         await self.host_file.write_zeroes(offset, length, unmap=unmap)
 
     async def pdiscard(self, offset: int, length: int) -> None:
         length = min(length, self._length_bytes - offset)
-        if self._unmap and length > 0:
+        if length > 0:
             await self.host_file.discard(offset, length)
 
     async def flush(self) -> None:
@@ -180,7 +177,7 @@ class FileDriver(BlockDriver):
             length=self._length_bytes,
             durable=not self._no_flush,
         )
-        made.publish(0, 0, writable=not self.node.read_only)
+        made.publish(0, 0, writable=self.node.maps_writes)
         return made, self.node
 
 

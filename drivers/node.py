@@ -5,8 +5,10 @@ Every request on every driver goes through here. What a driver may rely on is ma
 file and nowhere else: the caller is in the node's home thread, the range is inside the device, the
 node may be written, offsets and lengths are multiples of the driver's `request_alignment`, an
 unaligned write is a read-modify-write that no other write overlaps, write-zeroes that the driver
-can't do become written zeroes, FUA becomes a flush where the driver knows none, and `in_flight`
-says how many requests are under way, so that a drained section (drain.py) can wait for none.
+can't do become written zeroes, written zeroes become write-zeroes where the node was asked to look
+for them, discards reach it only if they may, FUA becomes a flush where the driver knows none, and
+`in_flight` says how many requests are under way, so that a drained section (drain.py) can wait for
+none.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from blockemu.drivers.child import BdrvChild, Permission, Role
 from blockemu.drivers.driver import BlockDriver, BlockStatus, RequestFlags
 from blockemu.drivers.errors import ImageError, io_error
 from blockemu.drivers.request import RequestTracker
+from blockemu.drivers.zeroes import is_zero
 from blockemu.loop.sync import WaitQueue
 
 if TYPE_CHECKING:
@@ -34,6 +37,10 @@ ZERO_WRITE_MAX = 1024 * 1024
 NESTED_IMAGES_MAX = 16
 """Images of a backing chain whose calls nest in one stack. A read takes up to nine frames in each
 image, and the interpreter allows 1000."""
+
+DETECT_ZEROES = ("off", "on", "unmap")
+"""What a node may do with writes of nothing but zeroes: write them as they are; make them
+write-zeroes; and let the driver give the space back for them."""
 
 TAIL_PAGE_BYTES = 64 * 1024
 """Alone in this much when the ragged end of a device is written. A file's last bytes go through the
@@ -59,8 +66,16 @@ class BlockDriverState:
         """How many images the longest backing chain below this node has."""
         self.file_options: dict[str, Any] = {}
         """How this node's file was opened (aio, cache), for backing files to inherit."""
+        self._refusal: str | None = None
+        """Why writes fail with EIO, on a node that has become read-only."""
         self.force_share = False
         """Opened without image locks: others may write meanwhile (`img info -U`)."""
+        self.unmap = True
+        """Discards are passed on to the driver, and MAY_UNMAP (option `discard`)."""
+        self.detect_zeroes = "off"
+        """off, on or unmap; changed by `set_detect_zeroes`."""
+        self._zeroes_as: RequestFlags | None = None
+        """How writes of zeroes are passed on as write-zeroes; None: as they are."""
         self.on_closed: Callable[[], object] = lambda: None
         self.in_flight = 0
         self.mapped_by: list[DirectMap] = []
@@ -76,6 +91,25 @@ class BlockDriverState:
     @property
     def length_bytes(self) -> int:
         return self.driver.length_bytes
+
+    @property
+    def maps_writes(self) -> bool:
+        """Whether a direct map may lead writes past this node, which then doesn't see them."""
+        return not self.read_only and self._zeroes_as is None
+
+    def refuse_writes(self, reason: str) -> None:
+        """What is below is damaged: from now on every write fails with EIO, and reads go on."""
+        self.read_only = True
+        self._refusal = reason
+
+    def set_detect_zeroes(self, mode: str) -> None:
+        """Before the first request; "unmap" only together with `unmap`."""
+        assert mode in DETECT_ZEROES
+        assert self.unmap or mode != "unmap"
+        self.detect_zeroes = mode
+        self._zeroes_as = None if mode == "off" else RequestFlags.NONE
+        if mode == "unmap":
+            self._zeroes_as = RequestFlags.MAY_UNMAP
 
     # --- requests; all in the home thread of `ctx` ---
 
@@ -104,10 +138,17 @@ class BlockDriverState:
         """Write `view` at `offset`. Any alignment. Past the end of a protocol node it grows.
 
         Suspends: while I/O is under way, or older writes must finish first.
-        Raises: OSError (EPERM on a read-only node, ENOSPC, EIO).
+        Raises: OSError (EPERM on a read-only node, ENOSPC, EIO; ENOTSUP for WRITE_COMPRESSED on
+        a driver that can't).
         """
         length = len(view)
         self._check_write(offset, length)
+        if flags and flags & RequestFlags.WRITE_COMPRESSED:
+            self._check_compressed()
+        if self._zeroes_as is not None and is_zero(view):
+            flags = flags & ~RequestFlags.WRITE_COMPRESSED | self._zeroes_as
+            await self.pwrite_zeroes(offset, length, flags)
+            return
         self.in_flight += 1
         try:
             mask = self.driver.request_alignment - 1
@@ -115,14 +156,8 @@ class BlockDriverState:
                 pass
             elif not mask:
                 await self._write_aligned(offset, view, flags)
-            elif (offset | length) & mask:
-                await self._write_unaligned(offset, view, flags, mask)
             else:
-                request = await self._tracker.begin(offset, offset + length)
-                try:
-                    await self._write_aligned(offset, view, flags)
-                finally:
-                    self._tracker.end(request)
+                await self._write_blocks(offset, view, flags, mask)
             if flags & RequestFlags.FUA and not self.driver.supports_fua:
                 await self.driver.flush()
         finally:
@@ -137,6 +172,8 @@ class BlockDriverState:
         Raises: OSError (ENOTSUP with NO_FALLBACK where zero bytes would have to be written).
         """
         self._check_write(offset, length)
+        if not self.unmap:
+            flags &= ~RequestFlags.MAY_UNMAP
         self.in_flight += 1
         try:
             if length:
@@ -149,6 +186,8 @@ class BlockDriverState:
     async def pdiscard(self, offset: int, length: int) -> None:
         """Nobody needs these bytes any more. Only whole blocks of the driver are passed on."""
         self._check_write(offset, length)
+        if not self.unmap:
+            return
         mask = self.driver.request_alignment - 1
         start = (offset + mask) & ~mask
         end = (offset + length) & ~mask
@@ -170,7 +209,7 @@ class BlockDriverState:
     async def flush(self) -> None:
         """Every write acknowledged before this call is on stable storage when it returns."""
         assert self.ctx.is_home(), self
-        if self.read_only:
+        if self.read_only and self._refusal is None:
             return
         self.in_flight += 1
         try:
@@ -210,7 +249,14 @@ class BlockDriverState:
     def _check_write(self, offset: int, length: int) -> None:
         self._check_range(offset, length)
         if self.read_only:
+            if self._refusal is not None:
+                raise io_error(errno.EIO, f"{self.node_name}: {self._refusal}")
             raise io_error(errno.EPERM, f"{self.node_name} is read-only")
+
+    def _check_compressed(self) -> None:
+        if not self.driver.supports_compressed_writes:
+            reason = f"{self.node_name}: driver {self.driver.name} writes nothing compressed"
+            raise io_error(errno.ENOTSUP, reason)
 
     def _leave(self) -> None:
         self.in_flight -= 1
@@ -226,6 +272,20 @@ class BlockDriverState:
         if not self.driver.supports_fua:
             flags &= ~RequestFlags.FUA
         await self.driver.pwritev(offset, view, flags)
+
+    async def _write_blocks(
+        self, offset: int, view: memoryview, flags: RequestFlags, mask: int
+    ) -> None:
+        """Write for a driver with blocks."""
+        length = len(view)
+        if (offset | length) & mask:
+            await self._write_unaligned(offset, view, flags, mask)
+            return
+        request = await self._tracker.begin(offset, offset + length)
+        try:
+            await self._write_aligned(offset, view, flags)
+        finally:
+            self._tracker.end(request)
 
     async def _read_unaligned(self, offset: int, view: memoryview, mask: int) -> None:
         start = offset & ~mask
@@ -329,14 +389,19 @@ class BlockDriverState:
         return True
 
     async def _write_zero_bytes(self, start: int, end: int, flags: RequestFlags) -> None:
+        """Past what detects zeroes, which would bring them here again."""
+        mask = self.driver.request_alignment - 1
         size = min(end - start, ZERO_WRITE_MAX)
         buffer = self.ctx.buffers.take(size)
         try:
             buffer.view[:size] = bytes(size)
             while start < end:
-                part = min(size, end - start)
-                await self.pwritev(start, buffer.view[:part], flags)
-                start += part
+                part = buffer.view[: min(size, end - start)]
+                if mask:
+                    await self._write_blocks(start, part, flags, mask)
+                else:
+                    await self._write_aligned(start, part, flags)
+                start += len(part)
         finally:
             self.ctx.buffers.give(buffer)
 

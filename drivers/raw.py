@@ -90,5 +90,6 @@ class RawDriver(BlockDriver):
         if below is None or self._offset & (below.request_alignment - 1):
             return None
         made = DirectMap(below, page_bits=WHOLE_DEVICE_BITS, length=self.length_bytes, durable=True)
-        made.publish(0, self._offset, writable=not self.node.read_only)
+        writable = self.node.maps_writes and self._file.node.maps_writes
+        made.publish(0, self._offset, writable=writable)
         return made, self._file.node

@@ -24,8 +24,8 @@ from blockemu.drivers.child import BdrvChild, Permission, Role
 from blockemu.drivers.driver import BlockDriver
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.metadata_budget import MetadataBudget
-from blockemu.drivers.node import NESTED_IMAGES_MAX, BlockDriverState
-from blockemu.drivers.options import refuse_unknown, take_bool, take_str
+from blockemu.drivers.node import DETECT_ZEROES, NESTED_IMAGES_MAX, BlockDriverState
+from blockemu.drivers.options import refuse_unknown, take_bool, take_choice, take_str
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.coroutine import run_on_fresh_stack
 from blockemu.loop.host_file import FileEngine
@@ -110,7 +110,8 @@ class Opener:
         """Open the node that `options` describe, and everything below it.
 
         Options of every node: `driver`, `node-name` (made up if missing), `read-only` and
-        `force-share` (both default to those of the node `above`). The rest is the driver's.
+        `force-share` (both default to those of the node `above`), `discard` (unmap, the default, or
+        ignore) and `detect-zeroes` (off, the default, on or unmap). The rest is the driver's.
         Suspends: while images are read. Raises: ImageError; what was opened is closed again.
         """
         options = copy.deepcopy(options)
@@ -129,6 +130,7 @@ class Opener:
         node.force_share = take_bool(
             node_name, options, "force-share", default=above.force_share if above else False
         )
+        _take_policies(node, options)
         if above is not None:
             node.backing_names = above.backing_names
         await self._open_driver(node, driver_class, options)
@@ -266,6 +268,8 @@ class Opener:
         aio: str,
         node_name: str | None = None,
         force_share: bool = False,
+        discard: str = "unmap",
+        detect_zeroes: str = "off",
     ) -> BlockDriverState:
         """Open the image at `path` the way the command line does.
 
@@ -281,6 +285,8 @@ class Opener:
         )
         options["read-only"] = read_only
         options["force-share"] = force_share
+        options["discard"] = discard
+        options["detect-zeroes"] = detect_zeroes
         if node_name is not None:
             options["node-name"] = node_name
         return await self.open(options)
@@ -319,3 +325,13 @@ class Opener:
             raise ImageError.from_os_error(path, error) from error
         finally:
             file.close()
+
+
+def _take_policies(node: BlockDriverState, options: dict[str, Any]) -> None:
+    """What the node does with discards and with written zeroes. Raises: ImageError."""
+    name = node.node_name
+    node.unmap = take_choice(name, options, "discard", ("unmap", "ignore"), "unmap") == "unmap"
+    mode = take_choice(name, options, "detect-zeroes", DETECT_ZEROES, "off")
+    if mode == "unmap" and not node.unmap:
+        raise ImageError(name, "detect-zeroes=unmap goes with discard=unmap only")
+    node.set_detect_zeroes(mode)

@@ -75,6 +75,21 @@ Examples:
     "reads that the page cache can answer are done in place, the rest by threads.",
 )
 @click.option(
+    "--discard",
+    type=click.Choice(["ignore", "unmap"]),
+    default="unmap",
+    show_default=True,
+    help="unmap gives space back to the host that a client trims; ignore keeps it.",
+)
+@click.option(
+    "--detect-zeroes",
+    type=click.Choice(["off", "on", "unmap"]),
+    default="off",
+    show_default=True,
+    help="on makes writes of nothing but zeroes take little time and, in qcow2, space; "
+    "unmap gives their space back as well.",
+)
+@click.option(
     "--iothread",
     "iothreads",
     multiple=True,
@@ -132,6 +147,8 @@ def serve(
     read_only: bool,
     cache: str,
     aio: str,
+    discard: str,
+    detect_zeroes: str,
     iothreads: tuple[str, ...],
     poll_max_ns: int | None,
     poll_grow: int,
@@ -168,6 +185,8 @@ def serve(
         read_only=read_only,
         direct=cache == "direct",
         aio=aio,
+        discard=discard,
+        detect_zeroes=detect_zeroes,
         address=address,
         control_path=control_path,
         poll_params=PollParams(

@@ -219,6 +219,7 @@ class ClusterMap:
         """
         l1_index = cluster >> self._layout.l2_bits
         entry = self.l1.words[l1_index]
+        self._writer.check_running()
         if entry & COPIED:
             return
         if entry:

@@ -42,6 +42,7 @@ class Qcow2Driver(BlockDriver):
     says); those of options.py."""
 
     name = "qcow2"
+    supports_compressed_writes = True
 
     def __init__(self, node: Any, image: Image, file: BdrvChild, share: Share) -> None:
         super().__init__(node)
@@ -51,6 +52,7 @@ class Qcow2Driver(BlockDriver):
         self._file = file
         self._bits = image.layout.cluster_bits
         self._map_slot = MapSlot(self._make_map)
+        image.mark.refuse_writes = self._refuse_writes
 
     @classmethod
     async def open(cls, node: Any, options: dict[str, Any], opener: Opener) -> Self:
@@ -67,7 +69,7 @@ class Qcow2Driver(BlockDriver):
         header = await read_header(name, file)
         share = opener.metadata_budget.new_share()
         try:
-            own = take_options(name, options, header.layout, header.size, share)
+            own = take_options(name, options, header.layout, header.size, share, unmap=node.unmap)
             image = await open_image(
                 name, header, file, read_only=node.read_only, options=own,
                 buffers=lambda: node.ctx.buffers,
@@ -107,6 +109,9 @@ class Qcow2Driver(BlockDriver):
             image.locks.release(held)
 
     async def pwritev(self, offset: int, view: memoryview, flags: RequestFlags) -> None:
+        if flags and flags & RequestFlags.WRITE_COMPRESSED:
+            await self._write_compressed(offset, view)
+            return
         image = self.image
         first, last = offset >> self._bits, (offset + len(view) - 1) >> self._bits
         held = image.locks.try_shared(first, last) or await image.locks.shared(first, last)
@@ -118,6 +123,16 @@ class Qcow2Driver(BlockDriver):
         held = await image.locks.exclusive(first, last)
         try:
             await image.guest_writer.write(offset, view)
+        finally:
+            image.locks.release(held)
+
+    async def _write_compressed(self, offset: int, view: memoryview) -> None:
+        image = self.image
+        image.compressor.check(offset, len(view))
+        first, last = offset >> self._bits, (offset + len(view) - 1) >> self._bits
+        held = await image.locks.exclusive(first, last)
+        try:
+            await image.compressor.write(offset, view)
         finally:
             image.locks.release(held)
 
@@ -168,6 +183,12 @@ class Qcow2Driver(BlockDriver):
         parts["root-tables"].used = lambda: image.root_bytes
         return map_bytes // PAGE_BYTES
 
+    async def _refuse_writes(self) -> None:
+        """The image is being marked corrupt. Suspends: until no write goes past us any more."""
+        self.node.refuse_writes(f"{self.image.name} is marked corrupt")
+        self.image.reader.maps_writes = False
+        await self.drop_direct_map()
+
     async def close(self) -> None:
         self.metadata_share.release()
         await self.drop_direct_map()
@@ -194,6 +215,7 @@ class Qcow2Driver(BlockDriver):
             host, page_bits=self._bits, length=self.length_bytes, pages_max=self._pages_max
         )
         self.image.reader.direct_map = made
+        self.image.reader.maps_writes = self.node.maps_writes and file.child.node.maps_writes
         return made, file.child.node
 
     def info(self) -> dict[str, Any]:

@@ -65,12 +65,17 @@ class GuestEraser:
     def _has_backing(self) -> bool:
         return self._reader.backing is not None
 
+    @property
+    def has_zeroes(self) -> bool:
+        """Clusters can be made to read as zeroes without writing zeroes."""
+        return self._has_zero_flag or not self._has_backing
+
     async def zero(self, offset: int, length: int, *, may_unmap: bool) -> None:
         """Make the range read as zeroes.
 
         Raises: OSError (ENOTSUP before anything is done, where only written zeroes will do).
         """
-        if not self._has_zero_flag and self._has_backing:
+        if not self.has_zeroes:
             raise io_error(errno.ENOTSUP, "qcow2 version 2 has no zero clusters")
         end = offset + length
         first = -(-offset // self._size)
@@ -85,7 +90,7 @@ class GuestEraser:
 
     async def discard(self, offset: int, length: int) -> None:
         """Let go of the whole clusters in the range."""
-        if not self._has_zero_flag and self._has_backing:
+        if not self.has_zeroes:
             return
         end = offset + length
         first = -(-offset // self._size)

@@ -46,17 +46,17 @@ class GuestReader:
         backing: BdrvChild | None,
         decompress: Decompressor,
         damage: DamageLog,
-        read_only: bool,
     ) -> None:
         self.backing = backing
         self.direct_map: DirectMap | None = None
+        self.maps_writes = False
+        """The direct map may take writes, where a cluster may be written in place."""
         self._layout = layout
         self._mask = layout.cluster_size - 1
         self._file = file
         self._clusters = clusters
         self._decompress = decompress
         self._damage = damage
-        self._read_only = read_only
         self._unpacked: tuple[int, bytes] | None = None
         """The last compressed cluster: a guest reads one in several requests."""
 
@@ -99,12 +99,16 @@ class GuestReader:
         inside = offset & self._mask
         guest, host = offset - inside, extent.host - inside
         end = min(offset + extent.length, guest + PUBLISH_MAX * size)
-        writable = extent.writable and not self._read_only
+        writable = extent.writable and self.maps_writes
         publish = self.direct_map.publish
         while guest < end and host + size <= self._file.length:
             publish(guest, host, writable=writable)
             guest += size
             host += size
+
+    def forget_unpacked(self) -> None:
+        """Compressed clusters are about to be entered, maybe where others have been."""
+        self._unpacked = None
 
     async def _read_extent(self, extent: Extent, offset: int, view: memoryview) -> None:
         kind = extent.kind

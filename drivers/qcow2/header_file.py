@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The header in the file: read when an image is opened, changed in place while it is.
 
+Only the fixed fields are ever written anew. What follows them, extensions that we know or don't and
+the backing file's name, stays as it is, to the byte.
+
 Every change here is rare, fits in one sector, and is durable when the call returns. What the new
 fields point to has to be durable before; that is the caller's part.
 """
@@ -10,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.qcow2.features import CORRUPT
 from blockemu.drivers.qcow2.header import V2_LENGTH, Header, first_cluster_bytes, parse
 
 if TYPE_CHECKING:
@@ -64,6 +68,12 @@ class HeaderFile:
     async def set_size(self, size: int) -> None:
         self.header.size = size
         await self._write()
+
+    async def mark_corrupt(self) -> None:
+        """Nobody is to write to the image but to repair it. Version 2 can't say so."""
+        if self.header.version >= 3:
+            self.header.incompatible_features |= CORRUPT
+            await self._write()
 
     async def _write(self) -> None:
         await self._file.write(0, self.header.fixed_fields())

@@ -2,9 +2,9 @@
 """An open image: all the parts of this folder, put together over one file.
 
 Who needs whom, bottom up: `file` (image_file.py); the caches and root tables; the metadata writer,
-which writes them back in order; the refcounts; the cluster map; and on top the three that do the
-guest's work: reader, writer, eraser. `locks` keeps guest clusters apart, `mutex` the metadata:
-whoever allocates, creates or copies a table holds it.
+which writes them back in order; the refcounts; the cluster map; and on top those that do the
+guest's work: reader, writers (plain, compressed), eraser. `locks` keeps guest clusters apart,
+`mutex` the metadata: whoever allocates, creates or copies a table holds it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.qcow2.cluster_lock import ClusterLocks
 from blockemu.drivers.qcow2.cluster_map import ClusterMap
-from blockemu.drivers.qcow2.compression import decompressor
+from blockemu.drivers.qcow2.compression import compressor, decompressor
+from blockemu.drivers.qcow2.corrupt_mark import CorruptMark
 from blockemu.drivers.qcow2.damage import DamageLog
+from blockemu.drivers.qcow2.guest_compress import GuestCompressor
 from blockemu.drivers.qcow2.guest_erase import GuestEraser
 from blockemu.drivers.qcow2.guest_read import GuestReader
 from blockemu.drivers.qcow2.guest_write import GuestWriter
@@ -26,6 +28,7 @@ from blockemu.drivers.qcow2.header_file import HeaderFile
 from blockemu.drivers.qcow2.image_file import ImageFile
 from blockemu.drivers.qcow2.layout import Layout
 from blockemu.drivers.qcow2.metadata_writer import MetadataWriter
+from blockemu.drivers.qcow2.packed_space import PackedSpace
 from blockemu.drivers.qcow2.refcount import Refcounts
 from blockemu.drivers.qcow2.refcount_width import RefcountWidth
 from blockemu.drivers.qcow2.root_table import ENTRY_BYTES, RootTable
@@ -58,8 +61,10 @@ class Image:
     reader: GuestReader
     guest_writer: GuestWriter
     eraser: GuestEraser
+    compressor: GuestCompressor
     locks: ClusterLocks
     mutex: Mutex
+    mark: CorruptMark
 
     @property
     def header(self) -> Header:
@@ -71,7 +76,14 @@ class Image:
         return (len(self.l1) + len(self.reftable)) * ENTRY_BYTES
 
     async def flush(self) -> None:
-        """All completed writes are durable when this returns; space let go of is free again."""
+        """All completed writes are durable when this returns; space let go of is free again.
+
+        Raises: OSError: of the host, or because the image is marked corrupt and something is left
+        that can't be written any more.
+        """
+        if self.mark.is_done and not self.writer.is_dirty:
+            await self.file.flush()
+            return
         await self.writer.flush()
         if self.writer.released:
             async with self.mutex:
@@ -107,7 +119,7 @@ async def open_image(
             header.refcount_table_offset,
             (header.refcount_table_clusters << layout.cluster_bits) // ENTRY_BYTES,
         )
-        image = _assemble(name, header, file, l1, reftable, options, buffers, read_only=read_only)
+        image = _assemble(name, header, file, l1, reftable, options, buffers)
         if not read_only:
             await image.header_file.clear_autoclear()
     except OSError as error:
@@ -131,13 +143,12 @@ def _assemble(
     reftable: RootTable,
     options: Options,
     buffers: Callable[[], BufferPool],
-    *,
-    read_only: bool,
 ) -> Image:
     layout = header.layout
     damage = DamageLog(name)
     header_file = HeaderFile(header, file)
     writer = MetadataWriter(file)
+    mark = CorruptMark(name, header=header_file, writer=writer)
     width = RefcountWidth(layout.refcount_order)
     blocks = TableCache(
         file, typecode=width.typecode, slice_bytes=options.slice_bytes,
@@ -150,7 +161,7 @@ def _assemble(
     writer.attach(blocks=blocks, reftable=reftable, l2=l2, l1=l1)
     refcounts = Refcounts(
         layout, file=file, cache=blocks, table=reftable, width=width, writer=writer,
-        header=header_file, damage=damage, pass_discard=options.pass_discard,
+        header=header_file, damage=damage, mark=mark, pass_discard=options.pass_discard,
     )  # fmt: skip
     clusters = ClusterMap(
         layout, file=file, l1=l1, l2=l2, refcounts=refcounts, writer=writer, damage=damage
@@ -158,7 +169,7 @@ def _assemble(
     mutex = Mutex()
     reader = GuestReader(
         layout, file=file, clusters=clusters, backing=None,
-        decompress=decompressor(name, header.compression_type), damage=damage, read_only=read_only,
+        decompress=decompressor(name, header.compression_type), damage=damage,
     )  # fmt: skip
     guest_writer = GuestWriter(
         layout, file=file, clusters=clusters, refcounts=refcounts, writer=writer, reader=reader,
@@ -168,9 +179,16 @@ def _assemble(
         layout, clusters=clusters, writer=writer, reader=reader, guest_writer=guest_writer,
         mutex=mutex,
     )  # fmt: skip
+    space = PackedSpace(layout, refcounts=refcounts)
+    refcounts.on_freed = space.forget
+    packer = GuestCompressor(
+        layout, file=file, clusters=clusters, space=space, writer=writer, reader=reader,
+        guest_writer=guest_writer, eraser=eraser, mutex=mutex,
+        compress=compressor(name, header.compression_type),
+    )  # fmt: skip
     return Image(
         name=name, layout=layout, file=file, header_file=header_file,
         l1=l1, l2=l2, reftable=reftable, blocks=blocks, writer=writer,
         refcounts=refcounts, clusters=clusters, reader=reader, guest_writer=guest_writer,
-        eraser=eraser, locks=ClusterLocks(), mutex=mutex,
+        eraser=eraser, compressor=packer, locks=ClusterLocks(), mutex=mutex, mark=mark,
     )  # fmt: skip

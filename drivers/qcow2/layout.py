@@ -86,9 +86,24 @@ class Layout:
         """L1 entries that a disk of this size needs."""
         return div_up(size_bytes, 1 << (self.cluster_bits + self.l2_bits))
 
+    @property
+    def _compressed_shift(self) -> int:
+        """The bit at which a compressed descriptor's sector count begins."""
+        return 62 - (self.cluster_bits - 8)
+
+    @property
+    def compressed_end_max(self) -> int:
+        """Compressed descriptors can name bytes below this host offset."""
+        return min(1 << self._compressed_shift, HOST_OFFSET_MAX)
+
+    def compressed_descriptor(self, host: int, length: int) -> int:
+        """The L2 entry of a compressed cluster of `length` bytes at `host`."""
+        sectors = (host + length - 1) // SECTOR - host // SECTOR
+        return COMPRESSED | sectors << self._compressed_shift | host
+
     def compressed_extent(self, descriptor: int) -> tuple[int, int]:
         """Host offset and length in bytes of what a compressed L2 entry points to."""
-        shift = 62 - (self.cluster_bits - 8)
+        shift = self._compressed_shift
         host = descriptor & ((1 << shift) - 1) & (HOST_OFFSET_MAX - 1)
         sectors = (descriptor & (COMPRESSED - 1)) >> shift
         return host, (sectors + 1) * SECTOR - host % SECTOR

@@ -7,7 +7,8 @@ the end of the image. So before a cluster that was in the file when it was opene
 looked for among the places that are known without reading anything: the header, the L1 table and
 the L2 tables that it names, the refcount table and the blocks that it names, the snapshot table.
 A clash is damage: nothing is taken. So is a guest cluster that claims to lie in such a place, once
-it is let go: it isn't counted down, nor is its space discarded.
+it is let go: it isn't counted down, nor is its space discarded. After either the image is marked
+and written no more (corrupt_mark.py).
 
 A cluster behind the end that the file had when it was opened can't be one of these, so an image
 that only grows never asks. The places are collected at the first question, as a sorted array: 8

@@ -116,6 +116,11 @@ class MetadataWriter:
         """Memory and disk may disagree on where a table is: write no metadata from now on."""
         self._stopped = reason
 
+    def check_running(self) -> None:
+        """Raises: OSError(EIO), if changes of metadata won't be written any more."""
+        if self._stopped is not None:
+            raise io_error(errno.EIO, f"{self._file.name}: {self._stopped}")
+
     async def write_back(self) -> None:
         """Clean the caches, to make room. Promises order, not durability."""
         await self._run(durable=False)
@@ -133,8 +138,7 @@ class MetadataWriter:
         async with self._mutex:
             if (self._covered_durably if durable else self._covered) >= wanted:
                 return
-            if self._stopped is not None:
-                raise io_error(errno.EIO, f"{self._file.name}: {self._stopped}")
+            self.check_running()
             self._runs_begun += 1
             number = self._runs_begun
             captured = self._capture()

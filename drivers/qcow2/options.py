@@ -39,17 +39,24 @@ class Options(NamedTuple):
 
 
 def take_options(
-    name: str, options: dict[str, Any], layout: Layout, size_bytes: int, share: Share
+    name: str,
+    options: dict[str, Any],
+    layout: Layout,
+    size_bytes: int,
+    share: Share,
+    *,
+    unmap: bool = True,
 ) -> Options:
     """Take this driver's own options out of `options`. What they leave open is the share's to say.
 
+    `unmap`: what the node does with discards, which `pass-discard-request` defaults to.
     Raises: ImageError.
     """
     total = take_size(name, options, "cache-size", None)
     l2_bytes = take_size(name, options, "l2-cache-size", None)
     refcount_bytes = take_size(name, options, "refcount-cache-size", None)
     slice_bytes = take_size(name, options, "l2-cache-entry-size", SLICE_BYTES)
-    pass_discard = take_bool(name, options, "pass-discard-request", default=True)
+    pass_discard = take_bool(name, options, "pass-discard-request", default=unmap)
     if slice_bytes < 1 << CLUSTER_BITS_MIN or slice_bytes & (slice_bytes - 1):
         raise ImageError(
             name, f"l2-cache-entry-size is a power of two from 512 on, not {slice_bytes}"

@@ -5,7 +5,8 @@ A refcount block is created the first time that space in its range is wanted, in
 cluster of that range, so that it counts itself. When the refcount table can't name one more block,
 the table moves to the end of the file, half as large again.
 
-What is needed for tables is never taken, whatever the counts say (metadata_places.py).
+What is needed for tables is never taken, whatever the counts say (metadata_places.py), and an image
+whose counts say that is marked corrupt (corrupt_mark.py).
 
 Three rules keep the on-disk state safe, together with metadata_writer.py:
 - a cluster that is taken is counted before anything names it (phase order);
@@ -36,6 +37,9 @@ from blockemu.drivers.qcow2.root_table import ENTRY_BYTES, RootTable
 from blockemu.drivers.qcow2.table_cache import Slice, TableCache, disk_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from blockemu.drivers.qcow2.corrupt_mark import CorruptMark
     from blockemu.drivers.qcow2.damage import DamageLog
     from blockemu.drivers.qcow2.header_file import HeaderFile
     from blockemu.drivers.qcow2.image_file import ImageFile
@@ -64,6 +68,7 @@ class Refcounts:
         writer: MetadataWriter,
         header: HeaderFile,
         damage: DamageLog,
+        mark: CorruptMark,
         pass_discard: bool,
     ) -> None:
         self._layout = layout
@@ -74,6 +79,7 @@ class Refcounts:
         self._writer = writer
         self._header = header
         self._damage = damage
+        self._corrupt_mark = mark
         self._pass_discard = pass_discard
         self._emptied: list[int] = []
         self._places = MetadataPlaces(
@@ -82,6 +88,8 @@ class Refcounts:
         self._slice_entries = width.entries(cache.slice_bytes)
         self._search_from = 0
         """No cluster before this one is free."""
+        self.on_freed: Callable[[int], object] = lambda cluster: None
+        """Told of each host cluster whose count has become 0."""
         self.used_end = div_up(file.length, layout.cluster_size)
         """Behind the last cluster that was ever in use, or may have been."""
 
@@ -134,7 +142,7 @@ class Refcounts:
             if end <= self._file.length:
                 break
             await self._cover(end)  # suspends: `found` must be looked up again
-        self._refuse_metadata(cluster, count, "counted as free")
+        await self._refuse_metadata(cluster, count, "counted as free")
         self._width.set_ones(found.words, first, count)
         self._mark(found, first, count)
         self._search_from = cluster + count
@@ -154,19 +162,34 @@ class Refcounts:
             run += length
             cluster += length
         first = cluster - run
-        self._refuse_metadata(first, count, "counted as free")
+        await self._refuse_metadata(first, count, "counted as free")
         await self._cover(cluster << self._layout.cluster_bits)
         await self._add(Reference(first, count), 1)
         return Allocation(first, count, self._take(first, count))
 
-    def _refuse_metadata(self, first: int, count: int, claim: str) -> None:
-        """Raises: OSError(EIO), if `claim` is made for the place of a table."""
+    async def share(self, cluster: int) -> bool:
+        """Count one more reference to a cluster in use. False, if its count is at its limit.
+
+        Suspends: for the table to be read. Raises: OSError; nothing is counted then.
+        """
+        if await self.get(cluster) >= self._layout.refcount_max:
+            return False
+        await self._add(Reference(cluster, 1), 1)
+        return True
+
+    async def _refuse_metadata(self, first: int, count: int, claim: str) -> None:
+        """Suspends: only if `claim` is made for the place of a table, to mark the image.
+
+        Raises: OSError(EIO) then.
+        """
         found = self._places.first_in(first, count)
         if found is not None:
-            raise self._damage.report(
-                f"host cluster {found} is in use for metadata but {claim};"
-                f" repair the image with: qemu-img check -r all {self._file.name}"
-            )
+            self._places.forget()  # as it is now: the mark can't be taken back
+            found = self._places.first_in(first, count)
+        if found is not None:
+            error = self._damage.report(f"host cluster {found} is in use for metadata but {claim}")
+            await self._corrupt_mark.set()
+            raise error
 
     def _take(self, first: int, count: int) -> bool:
         fresh = first >= self.used_end
@@ -201,7 +224,7 @@ class Refcounts:
         """Create a refcount block in `cluster`, the first free one of its range."""
         size = self._layout.cluster_size
         host = cluster << self._layout.cluster_bits
-        self._refuse_metadata(cluster, 1, "counted as free")
+        await self._refuse_metadata(cluster, 1, "counted as free")
         await self._cover(host + size)
         if not self._take(cluster, 1):
             await self._file.zero(host, size)
@@ -232,12 +255,13 @@ class Refcounts:
     async def apply_released(self) -> None:
         """Count down all that a flush has released since the last time.
 
-        What the guest discarded is handed back to the host first, while nobody can take it.
+        What the guest discarded is handed back to the host first, while nobody can take it. In an
+        image that is marked corrupt, all stays taken.
         """
         released = self._writer.released
-        while released:
+        while released and not self._corrupt_mark.is_set:
             await self.release(released.pop())
-        if self._emptied:
+        if self._emptied and not self._corrupt_mark.is_set:
             emptied, self._emptied = sorted(self._emptied), []
             await self._discard(emptied)
 
@@ -254,7 +278,7 @@ class Refcounts:
     async def _add(self, reference: Reference, delta: int) -> None:
         cluster, end = reference.first, reference.first + reference.clusters
         if delta < 0 and not reference.is_table:
-            self._refuse_metadata(cluster, reference.clusters, "named by an L2 entry")
+            await self._refuse_metadata(cluster, reference.clusters, "named by an L2 entry")
         while cluster < end:
             if cluster >> self._layout.block_bits >= len(self._table):
                 raise self._damage.report(f"host cluster {cluster} is beyond the refcount table")
@@ -279,6 +303,7 @@ class Refcounts:
         self._width.set(found.words, index, count)
         if not count:
             self._search_from = min(self._search_from, cluster)
+            self.on_freed(cluster)
         return count
 
     async def _forget_table(self, reference: Reference) -> None:
@@ -301,7 +326,7 @@ class Refcounts:
         size, bits = self._layout.cluster_size, self._layout.cluster_bits
         table_clusters = len(words) * ENTRY_BYTES // size
         total = blocks + table_clusters
-        self._refuse_metadata(cluster, total, "counted as free")
+        await self._refuse_metadata(cluster, total, "counted as free")
         await self._writer.flush()  # the old table has no dirty entries from here on
         host = cluster << bits
         await self._cover(host + total * size)

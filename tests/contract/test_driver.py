@@ -65,6 +65,10 @@ def _qcow2(folder: Path, *, direct: bool = False, backed: bool = False, **option
     return {"driver": "qcow2", "file": _file(path, direct=direct)}
 
 
+def _detecting(options: Options, mode: str) -> Options:
+    return {**options, "detect-zeroes": mode}
+
+
 CASES: dict[str, Callable[[Path], Options]] = {
     "file": _plain,
     "file-direct": lambda folder: _plain(folder, direct=True),
@@ -81,6 +85,12 @@ CASES: dict[str, Callable[[Path], Options]] = {
     "qcow2-backed": lambda folder: _qcow2(folder, backed=True),
     "qcow2-backed-4k": lambda folder: _qcow2(folder, backed=True, cluster_size=4096),
     "qcow2-v2-backed": lambda folder: _qcow2(folder, backed=True, compat="0.10"),
+    "file-direct-detect": lambda folder: _detecting(_plain(folder, direct=True), "unmap"),
+    "raw-window-detect": lambda folder: _detecting(_raw_window(folder), "on"),
+    "qcow2-detect": lambda folder: _detecting(_qcow2(folder), "unmap"),
+    "qcow2-v2-backed-detect": lambda folder: _detecting(
+        _qcow2(folder, backed=True, compat="0.10"), "on"
+    ),
 }
 
 
@@ -169,6 +179,32 @@ def test_zeroes_read_as_zeroes(
     device: Device, offset: int, length: int, flags: RequestFlags
 ) -> None:
     device.ctx.run(device.zero(offset, length, flags))
+    device.check()
+    device.reopen()
+    device.check()
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"), [(0, 65536), (1, 65536), (65536 * 3 - 7, 131072), (SIZE - 9, 9)]
+)
+def test_written_zero_bytes_read_as_zeroes(device: Device, offset: int, length: int) -> None:
+    device.ctx.run(device.write(offset, bytes(length), RequestFlags.FUA))
+    device.check()
+    device.reopen()
+    device.check()
+
+
+def test_compressed_write_is_done_or_refused_as_a_whole(device: Device) -> None:
+    before = bytes(device.model)
+    content = b"compresses well " * (SIZE // 16)
+    write = device.write(0, content, RequestFlags.WRITE_COMPRESSED)
+    if device.node.driver.supports_compressed_writes:
+        device.ctx.run(write)
+    else:
+        with pytest.raises(OSError) as caught:
+            device.ctx.run(write)
+        assert caught.value.errno == errno.ENOTSUP
+        assert device.model == before
     device.check()
     device.reopen()
     device.check()
@@ -282,6 +318,9 @@ def test_writes_through_the_direct_map_are_what_the_node_reads(device: Device) -
     device.ctx.run(device.write(65536, b"a" * 65536))
     if direct_map is None:
         pytest.skip("clusters are smaller than the file's blocks: no direct map")
+    if not device.node.maps_writes:
+        assert direct_map.lookup_write(65536, 4096) == -1
+        return
     host = direct_map.lookup_write(65536, 4096)
     assert host >= 0
     buffer = device.ctx.buffers.take(4096)

@@ -283,3 +283,18 @@ def test_backing_chain_is_shown(qcow2: Path, tmp_path: Path) -> None:
             assert top["backing_file"] == str(qcow2)
             assert ("backing-image" in top["image"]) is not flat
         client.close()
+
+
+def test_what_a_node_does_with_zeroes_is_reported(qcow2: Path, tmp_path: Path) -> None:
+    config = serve_config(
+        [str(qcow2)],
+        detect_zeroes="unmap",
+        address=UnixAddress(str(tmp_path / "s")),
+        control_path=str(tmp_path / "c"),
+    )
+    with DaemonThread(config):
+        client = Control(str(tmp_path / "c"))
+        nodes = client.execute("query-named-block-nodes")
+        found = {node["drv"]: node["detect_zeroes"] for node in nodes}
+        client.close()
+    assert found == {"qcow2": "unmap", "file": "off"}

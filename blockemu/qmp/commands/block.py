@@ -44,7 +44,7 @@ def describe_node(node: BlockDriverState, *, flat: bool) -> dict[str, Any]:
         "drv": node.driver.name,
         "backing_file_depth": _backing_depth(node),
         "encrypted": False,
-        "detect_zeroes": "off",
+        "detect_zeroes": node.detect_zeroes,
         "cache": _cache(node),
         "write_threshold": 0,
         "image": image,

@@ -164,6 +164,15 @@ def test_fua_is_a_flush_after_the_write(ctx: AioContext) -> None:
     assert driver.calls == [("write", 0, 1), ("flush",)]
 
 
+def test_compressed_write_is_refused_by_a_driver_that_cant(ctx: AioContext) -> None:
+    node, driver = scripted_node(ctx)
+    with pytest.raises(OSError, match="writes nothing compressed") as caught:
+        ctx.run(node.pwritev(0, memoryview(b"x"), RequestFlags.WRITE_COMPRESSED))
+    assert caught.value.errno == errno.ENOTSUP
+    assert driver.calls == []
+    assert node.in_flight == 0
+
+
 def test_discard_passes_on_whole_blocks_only(ctx: AioContext) -> None:
     node, driver = scripted_node(ctx, alignment=512)
     ctx.run(node.pdiscard(100, 1500))

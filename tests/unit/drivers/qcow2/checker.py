@@ -8,14 +8,16 @@ as a power cut could leave them can be judged in a test. `qemu-img check` judges
 from __future__ import annotations
 
 import struct
+import zlib
 from collections import Counter
 
 COPIED = 1 << 63
+COMPRESSED = 1 << 62
 OFFSET = 0x00FF_FFFF_FFFF_FE00
 
 
 class Checker:
-    """Version 2 and 3 images without compressed clusters, internal snapshots counted."""
+    """Version 2 and 3 images, compressed clusters by deflate, internal snapshots counted."""
 
     def __init__(self, image: bytes | bytearray) -> None:
         self.image = image
@@ -92,9 +94,25 @@ class Checker:
                 self._refer(entry & OFFSET, 1, "L2 table")
                 self._check_copied(entry, "L1 entry", active=active)
                 for word in self.words(entry & OFFSET, self.size // 8):
-                    if word & OFFSET:
+                    if word & COMPRESSED:
+                        self._refer_compressed(word)
+                    elif word & OFFSET:
                         self._refer(word & OFFSET, 1, "data")
                         self._check_copied(word, "L2 entry", active=active)
+
+    def _compressed(self, word: int) -> tuple[int, int]:
+        """Host bytes `[start, end)` of a compressed cluster, to the end of its last sector."""
+        shift = 70 - self.bits
+        start = word & ((1 << shift) - 1)
+        sectors = (word & (COMPRESSED - 1)) >> shift
+        return start, (start // 512 + sectors + 1) * 512
+
+    def _refer_compressed(self, word: int) -> None:
+        start, end = self._compressed(word)
+        if word & COPIED:
+            self.corruptions.append(f"L2 entry {word:#x}: compressed and COPIED")
+        for cluster in range(start >> self.bits, ((end - 1) >> self.bits) + 1):
+            self.references[cluster] += 1
 
     def _check_copied(self, entry: int, what: str, *, active: bool) -> None:
         if active and bool(entry & COPIED) != (self.refcount((entry & OFFSET) >> self.bits) == 1):
@@ -108,7 +126,13 @@ class Checker:
                 table = self.words(entry & OFFSET, self.size // 8)
                 for position, word in enumerate(table):
                     guest = (index * self.size // 8 + position) << self.bits
-                    if word & OFFSET and not (word & 1 and self.version == 3):
+                    if word & COMPRESSED:
+                        start, end = self._compressed(word)
+                        packed = bytes(self.image[start:end])
+                        data = zlib.decompressobj(-12).decompress(packed, self.size)
+                        assert len(data) == self.size, f"guest cluster at {guest:#x} is short"
+                        found[guest : guest + self.size] = data[: self.disk_bytes - guest]
+                    elif word & OFFSET and not (word & 1 and self.version == 3):
                         host = word & OFFSET
                         length = min(self.size, self.disk_bytes - guest)
                         data = bytes(self.image[host : host + length])

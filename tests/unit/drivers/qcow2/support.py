@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from blockemu.drivers.backend import BlockBackend
+from blockemu.drivers.driver import RequestFlags
 from blockemu.drivers.node import BlockDriverState
 from blockemu.drivers.qcow2.create import create
 from blockemu.drivers.qcow2.create_options import CreateOptions
 from blockemu.drivers.qcow2.driver import Qcow2Driver
+from blockemu.drivers.qcow2.guest_compress import Job, Stored
 from blockemu.drivers.registry import Opener
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.host_file import HostFile
@@ -80,6 +82,11 @@ class Images:
         QemuImg.compare(self.save(path, tmp_path), raw, one_fmt="qcow2")
 
 
+async def in_place(job: Job) -> list[Stored]:
+    """Compresses without threads: for simulations, where the same seed is to give the same run."""
+    return job()
+
+
 class Disk:
     """An open image, called from outside the loop."""
 
@@ -107,6 +114,10 @@ class Disk:
 
     def write(self, offset: int, data: bytes) -> None:
         self.ctx.run(self.node.pwritev(offset, memoryview(data)))
+
+    def write_compressed(self, offset: int, data: bytes) -> None:
+        flags = RequestFlags.WRITE_COMPRESSED
+        self.ctx.run(self.node.pwritev(offset, memoryview(data), flags))
 
     def flush(self) -> None:
         self.ctx.run(self.node.flush())

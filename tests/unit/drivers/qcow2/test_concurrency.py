@@ -12,12 +12,15 @@ import pytest
 from blockemu.drivers.driver import RequestFlags
 from blockemu.loop.sync import gather
 from tests.unit.drivers.qcow2.checker import Checker
-from tests.unit.drivers.qcow2.support import KIB, Images
+from tests.unit.drivers.qcow2.support import KIB, Images, in_place
 
 DISK = 512 * KIB
 SECTOR = 512
 ROUNDS = 12
 TASKS = 24
+KINDS = (
+    "write", "write", "write", "compress", "compress", "zero", "unmap", "discard", "read", "flush",
+)  # fmt: skip
 
 
 class Mix:
@@ -28,6 +31,7 @@ class Mix:
         self.images = images
         images[path].latency_ns = lambda kind, offset, length: rng.randrange(1, 1000)
         self.disk = images.open(path, **options)
+        self.disk.driver.image.compressor.offload = in_place
         self.possible: list[set[bytes]] = [{bytes(SECTOR)} for _ in range(DISK // SECTOR)]
         self.stamp = 0
 
@@ -46,14 +50,25 @@ class Mix:
         first = rng.randrange(DISK // SECTOR)
         count = min(rng.choice((1, 2, 8, 9, 40, 130)), DISK // SECTOR - first)
         offset, length = first * SECTOR, count * SECTOR
-        kind = rng.choice(("write", "write", "write", "zero", "unmap", "discard", "read", "flush"))
-        value = {"write": self._stamped(), "zero": bytes(SECTOR), "unmap": bytes(SECTOR)}.get(kind)
-        if kind in ("write", "zero", "unmap", "discard"):
+        kind = rng.choice(KINDS)
+        if kind == "compress":  # whole clusters
+            size = self.disk.driver.cluster_size
+            end = -(-(offset + length) // size) * size
+            offset -= offset % size
+            length = end - offset
+            first, count = offset // SECTOR, length // SECTOR
+        stamped, zeroes = self._stamped(), bytes(SECTOR)
+        values = {"write": stamped, "compress": stamped, "zero": zeroes, "unmap": zeroes}
+        value = values.get(kind)
+        if kind in values or kind == "discard":
             for sector in range(first, first + count):
                 touched.setdefault(sector, set()).add(value if value is not None else b"")
         if kind == "write":
             assert value is not None
             await node.pwritev(offset, memoryview(value * count))
+        elif kind == "compress":
+            assert value is not None
+            await node.pwritev(offset, memoryview(value * count), RequestFlags.WRITE_COMPRESSED)
         elif kind == "discard":
             await node.pdiscard(offset, length)
         elif kind == "read":

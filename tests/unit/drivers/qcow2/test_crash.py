@@ -14,7 +14,7 @@ from blockemu.loop.sync import gather
 from tests.peers.qemu import QemuImg
 from tests.unit.drivers.qcow2.checker import Checker
 from tests.unit.drivers.qcow2.crash import SECTOR, CutDisk, GuestHistory, Recorder
-from tests.unit.drivers.qcow2.support import KIB, Disk, Images
+from tests.unit.drivers.qcow2.support import KIB, Disk, Images, in_place
 
 DISK_BYTES = 256 * KIB
 ROUNDS = 10
@@ -23,7 +23,13 @@ CUTS = 250
 QEMU_CUTS = 5
 
 
-async def request(disk: Disk, recorder: Recorder, rng: random.Random) -> None:
+PLAIN = ("write", "write", "write", "zero", "unmap", "discard")
+PACKED = ("compress", "compress", "compress", *PLAIN)
+
+
+async def request(
+    disk: Disk, recorder: Recorder, rng: random.Random, kinds: tuple[str, ...]
+) -> None:
     """One random request of a guest, noted in the history before and after."""
     node = disk.node
     if rng.random() < 0.15:
@@ -34,11 +40,13 @@ async def request(disk: Disk, recorder: Recorder, rng: random.Random) -> None:
     first = rng.randrange(DISK_BYTES // SECTOR)
     count = min(rng.choice((1, 2, 8, 8, 20, 64)), DISK_BYTES // SECTOR - first)
     offset, length = first * SECTOR, count * SECTOR
-    kind = rng.choice(("write", "write", "write", "zero", "unmap", "discard"))
+    kind = rng.choice(kinds)
     value = bytes(SECTOR)
     if kind == "write":
         value = rng.randbytes(8) * (SECTOR // 8)
-    elif kind == "discard":  # whole clusters only, so that what it leaves is known
+    elif kind == "compress":
+        value = rng.randbytes(SECTOR // 4) * 4
+    if kind in ("discard", "compress"):  # whole clusters, so that what a discard leaves is known
         mask = disk.driver.cluster_size - 1
         end = offset + length & ~mask
         offset = min(offset + mask & ~mask, end)
@@ -48,6 +56,8 @@ async def request(disk: Disk, recorder: Recorder, rng: random.Random) -> None:
     number = recorder.note("start", first=first, count=count, value=value)
     if kind == "write":
         await node.pwritev(offset, memoryview(value * count))
+    elif kind == "compress":
+        await node.pwritev(offset, memoryview(value * count), RequestFlags.WRITE_COMPRESSED)
     elif kind == "discard":
         await node.pdiscard(offset, length)
     else:
@@ -56,12 +66,15 @@ async def request(disk: Disk, recorder: Recorder, rng: random.Random) -> None:
     recorder.note("end", number)
 
 
-def run_workload(images: Images, rng: random.Random, **options: Any) -> Recorder:
+def run_workload(
+    images: Images, rng: random.Random, *, kinds: tuple[str, ...] = PLAIN, **options: Any
+) -> Recorder:
     """A guest's requests, several at once, recorded."""
     recorder = Recorder(images["image"], rng)
     disk = images.open("image", **options)
+    disk.driver.image.compressor.offload = in_place
     for _ in range(ROUNDS):
-        images.ctx.run(gather(*(request(disk, recorder, rng) for _ in range(TASKS))))
+        images.ctx.run(gather(*(request(disk, recorder, rng, kinds) for _ in range(TASKS))))
     disk.close()
     return recorder
 
@@ -110,6 +123,27 @@ def test_power_cut_at_any_point_leaves_leaks_at_most(
     rng = random.Random(seed)
     images.create("image", DISK_BYTES, **options)
     recorder = run_workload(images, rng)
+    judge(recorder, rng, cuts=CUTS, tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cluster_size": 512},
+        {"cluster_size": 4096},
+        {"cluster_size": 16384},
+        {"cluster_size": 4096, "refcount_bits": 1},
+        {"cluster_size": 4096, "refcount_bits": 2},
+        {"cluster_size": 4096, "compat": "0.10"},
+    ],
+    ids=str,
+)
+def test_power_cut_between_compressed_writes_leaves_leaks_at_most(
+    images: Images, seed: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    rng = random.Random(seed)
+    images.create("image", DISK_BYTES, **options)
+    recorder = run_workload(images, rng, kinds=PACKED)
     judge(recorder, rng, cuts=CUTS, tmp_path=tmp_path)
 
 

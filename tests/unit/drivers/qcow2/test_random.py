@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,10 @@ class Step(NamedTuple):
 STEPS = st.lists(
     st.builds(
         Step,
-        st.sampled_from(["write", "write", "write", "zero", "unmap", "discard", "flush", "reopen"]),
+        st.sampled_from(
+            ["write", "write", "write", "compress", "compress"]
+            + ["zero", "unmap", "discard", "flush", "reopen"]
+        ),
         st.integers(0, DISK_BYTES - 1),
         st.one_of(st.integers(1, 3000), st.integers(1, 200_000), st.just(4096)),
         st.integers(1, 255),
@@ -38,6 +42,7 @@ FORMATS = st.one_of(
     st.fixed_dictionaries(
         {
             "cluster_size": st.sampled_from([512, 1024, 4096, 65536, 1 << 21]),
+            "compression_type": st.sampled_from(["zlib", "zstd"]),
             "refcount_bits": st.sampled_from([1, 2, 4, 8, 16, 32, 64]),
         }
     ),
@@ -47,12 +52,30 @@ FORMATS = st.one_of(
 )
 
 
+def filling(seed: int, length: int) -> bytes:
+    """Stretches of bytes that compress well, badly, and (below 512) not at all; some zeroes."""
+    rng = random.Random(seed)
+    parts: list[bytes] = []
+    while sum(map(len, parts)) < length:
+        count = rng.choice((300, 5000, 70_000))
+        entropy = rng.choice((0, 1, 16, min(700, count), count))
+        parts.append(rng.randbytes(entropy) * (count // entropy) if entropy else bytes(count))
+    return b"".join(parts)[:length]
+
+
 def play(disk: Disk, model: bytearray, base: bytes, step: Step) -> None:
     end = min(step.offset + step.length, DISK_BYTES)
     offset, length = step.offset, end - step.offset
     if step.kind == "write":
         data = bytes((step.fill,)) * length
         disk.write(offset, data)
+        model[offset:end] = data
+    elif step.kind == "compress":
+        size = disk.driver.cluster_size
+        offset -= offset % size
+        end = min(-(-end // size) * size, DISK_BYTES)
+        data = filling(step.fill, end - offset)
+        disk.write_compressed(offset, data)
         model[offset:end] = data
     elif step.kind in ("zero", "unmap"):
         flags = RequestFlags.MAY_UNMAP if step.kind == "unmap" else RequestFlags.NONE
