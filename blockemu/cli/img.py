@@ -6,6 +6,7 @@ from __future__ import annotations
 import click
 
 from blockemu.cli.img_compare import compare
+from blockemu.cli.img_convert import convert
 from blockemu.cli.img_create import create
 from blockemu.cli.img_info import info
 from blockemu.cli.img_map import map_
@@ -25,6 +26,7 @@ def img() -> None:
 
 
 img.add_command(compare)
+img.add_command(convert)
 img.add_command(create)
 img.add_command(info)
 img.add_command(map_)
