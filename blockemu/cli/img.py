@@ -10,6 +10,7 @@ from blockemu.cli.img_convert import convert
 from blockemu.cli.img_create import create
 from blockemu.cli.img_info import info
 from blockemu.cli.img_map import map_
+from blockemu.cli.img_measure import measure
 from blockemu.cli.img_resize import resize
 
 EPILOG = """
@@ -31,4 +32,5 @@ img.add_command(convert)
 img.add_command(create)
 img.add_command(info)
 img.add_command(map_)
+img.add_command(measure)
 img.add_command(resize)
