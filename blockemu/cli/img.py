@@ -8,6 +8,7 @@ import click
 from blockemu.cli.img_compare import compare
 from blockemu.cli.img_convert import convert
 from blockemu.cli.img_create import create
+from blockemu.cli.img_dd import dd
 from blockemu.cli.img_info import info
 from blockemu.cli.img_map import map_
 from blockemu.cli.img_measure import measure
@@ -30,6 +31,7 @@ def img() -> None:
 img.add_command(compare)
 img.add_command(convert)
 img.add_command(create)
+img.add_command(dd)
 img.add_command(info)
 img.add_command(map_)
 img.add_command(measure)
