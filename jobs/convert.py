@@ -98,6 +98,8 @@ class ConvertJob(Job):
         self._source_index = 0
         self._source_start = 0
         self._walked = 0
+        self._known: BlockStatus | None = None
+        self._known_until = 0
         self._serial = 0
         self._begun = 0
         self._turn = WaitQueue()
@@ -207,8 +209,10 @@ class ConvertJob(Job):
             self._source_index += 1
             self._source_start = self._walked
             return None
-        status = await self._status(source, offset, rest)
-        length = status.length
+        if self._known is None or self._known_until <= start:
+            self._known = await self._status(source, offset, rest)
+            self._known_until = start + self._known.length
+        status, length = self._known, self._known_until - start
         if status.zero and plan.sparse_bytes:
             if self._shows_zeroes(start):
                 self._walk_past(length)

@@ -249,7 +249,9 @@ def test_interrupt_removes_what_was_made_and_nothing_else(tmp_path: Path, existe
         if len(told) == 2:
             signal.raise_signal(signal.SIGINT)
 
-    request = ConvertRequest(sources=[str(source)], target=str(target), source_fmt="raw")
+    request = ConvertRequest(
+        sources=[str(source)], target=str(target), source_fmt="raw", requests_max=2
+    )
     with pytest.raises(KeyboardInterrupt):
         convert_images(request, progress=interrupt)
     assert told[-1] < 16 << 20
