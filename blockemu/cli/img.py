@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import click
 
+from blockemu.cli.img_bench import bench
 from blockemu.cli.img_compare import compare
 from blockemu.cli.img_convert import convert
 from blockemu.cli.img_create import create
@@ -28,6 +29,7 @@ def img() -> None:
     """Make and describe disk images: qemu-img's subcommands, with its options and output."""
 
 
+img.add_command(bench)
 img.add_command(compare)
 img.add_command(convert)
 img.add_command(create)

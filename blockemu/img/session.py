@@ -69,6 +69,7 @@ async def open_image(
     writable: bool = False,
     resizable: bool = False,
     cache: str = "writeback",
+    aio: str = "native",
     force_share: bool = False,
 ) -> AsyncIterator[BlockBackend]:
     """The image at `path`, open inside the block; flushed and closed at its end.
@@ -77,7 +78,7 @@ async def open_image(
     Raises: ImageError; of the block, an OSError becomes an ImageError that names the image.
     """
     node = await _open_node(
-        opener, path, fmt=fmt, writable=writable, cache=cache, force_share=force_share
+        opener, path, fmt=fmt, writable=writable, cache=cache, aio=aio, force_share=force_share
     )
     async with _held(path, node, writable=writable, resizable=resizable) as backend:
         yield backend
@@ -96,7 +97,13 @@ async def open_window(
     answers with the part's offset and length. Otherwise as `open_image`.
     """
     disk = await _open_node(
-        opener, path, fmt=fmt, writable=False, cache="writeback", force_share=force_share
+        opener,
+        path,
+        fmt=fmt,
+        writable=False,
+        cache="writeback",
+        aio="native",
+        force_share=force_share,
     )
     try:
         offset, length = choose(disk.length_bytes)
@@ -110,13 +117,22 @@ async def open_window(
 
 
 async def _open_node(
-    opener: Opener, path: str, *, fmt: str | None, writable: bool, cache: str, force_share: bool
+    opener: Opener,
+    path: str,
+    *,
+    fmt: str | None,
+    writable: bool,
+    cache: str,
+    aio: str,
+    force_share: bool,
 ) -> BlockDriverState:
     if fmt is None:
         fmt = await opener.probe(path)
     if opener.drivers.find(fmt) is None or fmt in ("file", "host_device"):
         raise ImageError(path, f"there is no image format '{fmt}'")
-    options = opener.image_options(path, fmt, file_options={"cache": CACHE_MODES[cache]})
+    options = opener.image_options(
+        path, fmt, file_options={"aio": aio, "cache": CACHE_MODES[cache]}
+    )
     return await opener.open({**options, "read-only": not writable, "force-share": force_share})
 
 
