@@ -47,7 +47,8 @@ class BlockStatus(NamedTuple):
 
     `allocated` False means that this layer doesn't hold them and its backing file shows through;
     `zero` that they read as zeroes; `data` that they take space in this layer. `host_offset` is
-    where they lie in `file` when they lie there unchanged.
+    where they lie in `file` when they lie there unchanged. `depth` is 0 in an answer about one
+    layer; chain_status.py counts by it the backing files down to the layer that it speaks of.
     """
 
     length: int
@@ -56,6 +57,7 @@ class BlockStatus(NamedTuple):
     allocated: bool = True
     host_offset: int | None = None
     file: str | None = None
+    depth: int = 0
 
 
 class BlockDriver(ABC):

@@ -15,10 +15,9 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from importlib import import_module
-from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blockemu.drivers.child import BdrvChild, Permission, Role
 from blockemu.drivers.driver import BlockDriver
@@ -29,6 +28,9 @@ from blockemu.drivers.options import refuse_unknown, take_bool, take_choice, tak
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.coroutine import run_on_fresh_stack
 from blockemu.loop.host_file import FileEngine
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 ENTRY_POINT_GROUP = "blockemu.drivers"
 
@@ -73,15 +75,23 @@ class DriverTable:
             module, _, attribute = _BUILT_IN[name].partition(":")
             loaded: type[BlockDriver] = getattr(import_module(module), attribute)
             return loaded
-        for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
-            driver: type[BlockDriver] = point.load()
-            return driver
+        for point in _plugins():
+            if point.name == name:
+                driver: type[BlockDriver] = point.load()
+                return driver
         return None
 
     def names(self) -> list[str]:
         """All names that `find` knows, sorted."""
-        plugins = {point.name for point in entry_points(group=ENTRY_POINT_GROUP)}
+        plugins = {point.name for point in _plugins()}
         return sorted(set(_BUILT_IN) | set(self._classes) | plugins)
+
+
+def _plugins() -> Iterable[EntryPoint]:
+    """What other packages announce. Asking for it takes longer than all the rest of a start."""
+    from importlib.metadata import entry_points
+
+    return entry_points(group=ENTRY_POINT_GROUP)
 
 
 class Opener:

@@ -17,7 +17,7 @@ from pathlib import Path
 from cffi import FFI
 
 _NATIVE = Path(__file__).resolve().parent / "native"
-_PARTS = ("aio_queue", "transfers")
+_PARTS = ("aio_queue", "transfers", "memory_scan")
 _DECLARATIONS = "".join((_NATIVE / f"{part}.h").read_text() for part in _PARTS)
 _CODE = "".join((_NATIVE / f"{part}.c").read_text() for part in _PARTS)
 

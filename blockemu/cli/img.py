@@ -5,8 +5,15 @@ from __future__ import annotations
 
 import click
 
+from blockemu.cli.img_bench import bench
+from blockemu.cli.img_compare import compare
+from blockemu.cli.img_convert import convert
 from blockemu.cli.img_create import create
+from blockemu.cli.img_dd import dd
 from blockemu.cli.img_info import info
+from blockemu.cli.img_map import map_
+from blockemu.cli.img_measure import measure
+from blockemu.cli.img_resize import resize
 
 EPILOG = """
 \b
@@ -22,5 +29,12 @@ def img() -> None:
     """Make and describe disk images: qemu-img's subcommands, with its options and output."""
 
 
+img.add_command(bench)
+img.add_command(compare)
+img.add_command(convert)
 img.add_command(create)
+img.add_command(dd)
 img.add_command(info)
+img.add_command(map_)
+img.add_command(measure)
+img.add_command(resize)

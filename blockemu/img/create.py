@@ -15,6 +15,7 @@ from blockemu.drivers.errors import ImageError
 from blockemu.drivers.options import parse_size
 from blockemu.drivers.registry import Opener
 from blockemu.img.options import OptionValue, format_options, formatting_line, parse_options
+from blockemu.img.session import finish
 from blockemu.jobs.create import CreateJob, NewImage
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.host_file import FileEngine, PosixFiles
@@ -106,12 +107,21 @@ def create_image(
     ctx.adopt()
     try:
         opener = Opener(files=files or PosixFiles(), ctx=ctx)
-        ctx.run(_create(request, opener, announce))
+        ctx.run(run_create(request, opener, announce=announce))
     finally:
         ctx.close()
 
 
-async def _create(request: CreateRequest, opener: Opener, announce: Callable[[str], None]) -> None:
+async def run_create(
+    request: CreateRequest,
+    opener: Opener,
+    *,
+    announce: Callable[[str], None] = lambda line: None,
+) -> None:
+    """The create job for `request`, from its start to its end.
+
+    Context: the opener's. Suspends: while the job runs. Raises: ImageError.
+    """
     options = dict(request.options)
     if request.backing_file is not None and not request.unsafe_backing:
         backing_bytes = await _backing_size(request, opener)
@@ -124,8 +134,7 @@ async def _create(request: CreateRequest, opener: Opener, announce: Callable[[st
         NewImage(path=request.path, fmt=request.fmt, size_bytes=size_bytes, options=options),
         opener=opener,
     )
-    job.start()
-    await job.wait()
+    await finish(job)
 
 
 async def _backing_size(request: CreateRequest, opener: Opener) -> int:

@@ -13,6 +13,7 @@ cut short leaves no image.
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from blockemu.drivers.driver import RequestFlags
@@ -53,10 +54,12 @@ async def create(node: BlockDriverState, name: str, options: CreateOptions) -> N
 
     What it held is lost. Suspends: for I/O. Raises: ImageError; OSError of the file.
     """
-    plan = _plan(name, options)
+    plan = _plan(options)
+    size = options.layout.cluster_size
+    if (plan.blocks - 1) * size > REFTABLE_BYTES_MAX or plan.end * size > HOST_OFFSET_MAX:
+        raise ImageError(name, "too large to preallocate with this cluster size")
     header = _header(options, plan)
     first_cluster = header.serialise(name)
-    size = options.layout.cluster_size
     await _make_room(node, name, plan, options)
     await _write_refcounts(node, options, plan)
     if plan.l2 > plan.l1:
@@ -71,7 +74,12 @@ async def create(node: BlockDriverState, name: str, options: CreateOptions) -> N
     await node.flush()
 
 
-def _plan(name: str, options: CreateOptions) -> _Plan:
+def allocated_bytes(options: CreateOptions) -> int:
+    """How long the file gets when the guest has written all of its disk."""
+    return _plan(replace(options, preallocation="full")).end * options.layout.cluster_size
+
+
+def _plan(options: CreateOptions) -> _Plan:
     layout = options.layout
     size = layout.cluster_size
     l1 = div_up(layout.l1_entries(options.size_bytes) * 8, size)
@@ -85,8 +93,6 @@ def _plan(name: str, options: CreateOptions) -> _Plan:
         if (wanted_table, wanted_blocks) == (table, blocks):
             break
         table, blocks = wanted_table, wanted_blocks
-    if table * size > REFTABLE_BYTES_MAX or end * size > HOST_OFFSET_MAX:
-        raise ImageError(name, "too large to preallocate with this cluster size")
     first = 1 + table
     return _Plan(first, first + blocks, first + blocks + l1, first + blocks + l1 + l2, end)
 

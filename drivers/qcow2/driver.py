@@ -164,7 +164,7 @@ class Qcow2Driver(BlockDriver):
     async def truncate(self, length: int, *, preallocation: str = "off") -> None:
         async with self._map_slot.shut():
             self.image.reader.direct_map = None
-            await resize.grow(self.image, length, preallocation=preallocation)
+            await resize.resize(self.image, length, preallocation=preallocation)
 
     # --- life ---
 

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Making the virtual disk larger.
+"""Making the virtual disk larger or smaller.
 
-What is new must read as zeroes: the rest of the last cluster, which may hold anything, and what a
-longer backing file would show there. Both are zeroed first; then the L1 table moves if it has too
-few entries, its new place complete before the header names it; the size comes last. A crash on the
-way leaves the old disk.
+**Larger.** What is new must read as zeroes: the rest of the last cluster, which may hold anything,
+and what a longer backing file would show there. Both are zeroed first; then the L1 table moves if
+it has too few entries, its new place complete before the header names it; the size comes last. A
+crash on the way leaves the old disk.
+
+**Smaller.** The clusters behind the new end are let go of, and so are L2 tables that map nothing
+else; the size changes when that is durable. So a disk that grows again later finds nothing there,
+and after a crash on the way the disk has its old size and lacks some of what was to be cut off. The
+L1 table keeps its place and its length.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from array import array
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.errors import io_error
-from blockemu.drivers.qcow2.layout import L1_BYTES_MAX, div_up
+from blockemu.drivers.qcow2.layout import L1_BYTES_MAX, OFFSET_MASK, SECTOR, div_up
 from blockemu.drivers.qcow2.metadata_writer import Reference
 from blockemu.drivers.qcow2.root_table import ENTRY_BYTES
 from blockemu.drivers.qcow2.table_cache import disk_bytes
@@ -23,16 +28,51 @@ if TYPE_CHECKING:
     from blockemu.drivers.qcow2.image import Image
 
 
-async def grow(image: Image, length: int, *, preallocation: str) -> None:
-    """Make the disk `length` bytes long. The node is quiet.
+async def resize(image: Image, length: int, *, preallocation: str) -> None:
+    """Make the disk `length` bytes long. Nobody uses what is behind that.
 
-    Raises: OSError (ENOTSUP: smaller, or with preallocation; EFBIG: the format's limit).
+    Raises: OSError (EINVAL: no whole sectors; ENOTSUP: with preallocation; EFBIG: the format's
+    limit).
     """
+    if length % SECTOR:
+        raise io_error(errno.EINVAL, f"{image.name}: {length} is no multiple of {SECTOR}")
+    if preallocation != "off":
+        raise io_error(errno.ENOTSUP, f"{image.name}: preallocation on resize")
+    if length < image.guest_writer.disk_bytes:
+        await _shrink(image, length)
+    elif length > image.guest_writer.disk_bytes:
+        await _grow(image, length)
+
+
+async def _shrink(image: Image, length: int) -> None:
     old = image.guest_writer.disk_bytes
-    if length < old or preallocation != "off":
-        raise io_error(errno.ENOTSUP, f"{image.name}: shrinking and preallocation on resize")
-    if length == old:
-        return
+    size = image.layout.cluster_size
+    end = div_up(old, size)
+    held = await image.locks.exclusive(0, end - 1)
+    try:
+        await image.eraser.forget(div_up(length, size), end)
+        async with image.mutex:
+            _forget_l2_tables(image, image.layout.l1_entries(length))
+        await image.flush()
+        await image.header_file.set_size(length)
+        image.guest_writer.disk_bytes = length
+    finally:
+        image.locks.release(held)
+
+
+def _forget_l2_tables(image: Image, first: int) -> None:
+    """Let go of the tables that L1 entries from `first` on name; none of their entries is in use.
+    Suspends: never."""
+    l1 = image.l1
+    for index in range(first, len(l1)):
+        table = l1.words[index] & OFFSET_MASK
+        if table:
+            l1.put(index, 0)
+            image.writer.let_go(Reference(table >> image.layout.cluster_bits, 1, is_table=True))
+
+
+async def _grow(image: Image, length: int) -> None:
+    old = image.guest_writer.disk_bytes
     last = div_up(length, image.layout.cluster_size) - 1
     held = await image.locks.exclusive(0, last)
     try:

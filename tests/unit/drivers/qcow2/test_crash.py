@@ -204,3 +204,29 @@ def test_power_cut_while_the_disk_grows_leaves_leaks_at_most(
         assert not judged.corruptions, (cut, judged.corruptions[:5])
         assert judged.disk_bytes in (32 * KIB, 16 * 1024 * KIB)
     images.check("image", tmp_path)
+
+
+def test_power_cut_while_the_disk_shrinks_leaves_leaks_at_most(
+    images: Images, seed: int, tmp_path: Path
+) -> None:
+    """And what stays is there, at either size; a smaller disk has nothing behind its end."""
+    rng = random.Random(seed)
+    images.create("image", DISK_BYTES, cluster_size=512)
+    disk = images.open("image")
+    disk.write(0, b"\x5a" * DISK_BYTES)
+    disk.close()
+    recorder = Recorder(images["image"], rng)
+    disk = images.open("image")
+    images.ctx.run(disk.node.truncate(50 * KIB))
+    disk.close()
+    operations = recorder.operations
+    cut_disk = CutDisk(recorder.content, operations, recorder.flush_starts)
+    for cut in range(len(operations) + 1):
+        judged = Checker(cut_disk.after_cut(cut, rng))
+        assert not judged.corruptions, (cut, judged.corruptions[:5])
+        assert judged.disk_bytes in (50 * KIB, DISK_BYTES)
+        assert judged.read()[: 50 * KIB] == b"\x5a" * (50 * KIB)
+        if judged.disk_bytes < DISK_BYTES:
+            words = judged.words(judged.l1[0], judged.l1[1])
+            assert not any(words[2:]), cut
+    images.check("image", tmp_path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Growing the virtual disk."""
+"""Growing and shrinking the virtual disk."""
 
 from __future__ import annotations
 
@@ -37,12 +37,63 @@ def test_longer_backing_file_does_not_show_behind_the_old_end(images: Images) ->
     assert disk.read(0, 2 * MIB) == b"\xff" * (100 * KIB) + bytes(2 * MIB - 100 * KIB)
 
 
-def test_shrinking_is_refused(images: Images) -> None:
+@pytest.mark.parametrize("compat", ["1.1", "0.10"])
+@pytest.mark.parametrize("length", [0, 512, 40 * KIB, 41 * KIB, 3 * MIB])
+def test_shrunk_disk_keeps_its_start_and_grows_again_with_zeroes(
+    images: Images, tmp_path: Path, compat: str, length: int
+) -> None:
+    images.create("image", 4 * MIB, cluster_size=4096, compat=compat)
+    disk = images.open("image")
+    data = bytes(range(1, 251)) * (4 * MIB // 250 + 1)
+    disk.write(0, data[: 4 * MIB])
+    disk.flush()
+    disk.ctx.run(disk.node.truncate(length))
+    assert disk.node.length_bytes == length
+    disk.close()
+    images.check("image", tmp_path)
+    images.compare("image", data[:length], tmp_path)
+    disk = images.open("image")
+    disk.ctx.run(disk.node.truncate(4 * MIB))
+    disk.close()
+    images.check("image", tmp_path)
+    images.compare("image", data[:length] + bytes(4 * MIB - length), tmp_path)
+
+
+def test_shrunk_disk_frees_its_clusters_and_tables(images: Images, tmp_path: Path) -> None:
+    """With clusters of 512 bytes, an L2 table maps 32 KiB."""
+    images.create("image", MIB, cluster_size=512)
+    disk = images.open("image")
+    disk.write(0, b"x" * MIB)
+    disk.ctx.run(disk.node.truncate(32 * KIB))
+    assert [bool(word) for word in disk.driver.image.l1.words] == [True] + [False] * 31
+    used = disk.driver.image.refcounts.used_end
+    disk.ctx.run(disk.node.truncate(MIB))
+    disk.write(32 * KIB, b"y" * (MIB - 32 * KIB))
+    assert disk.driver.image.refcounts.used_end <= used
+    disk.close()
+    images.check("image", tmp_path)
+    images.compare("image", b"x" * 32 * KIB + b"y" * (MIB - 32 * KIB), tmp_path)
+
+
+def test_backing_file_does_not_show_in_a_disk_that_shrank_and_grew(images: Images) -> None:
+    images.files.add("base", b"\xff" * MIB)
+    images.create("image", MIB, backing_file="base", backing_fmt="raw")
+    disk = images.open("image")
+    disk.write(700 * KIB, b"x" * 512)
+    disk.ctx.run(disk.node.truncate(100 * KIB))
+    disk.ctx.run(disk.node.truncate(MIB))
+    assert disk.read(0, MIB) == b"\xff" * (100 * KIB) + bytes(MIB - 100 * KIB)
+
+
+@pytest.mark.parametrize(("length", "code"), [(1000, errno.EINVAL), (2 * MIB, errno.ENOTSUP)])
+def test_size_that_can_not_be_is_refused(images: Images, length: int, code: int) -> None:
     images.create("image", MIB)
     disk = images.open("image")
+    preallocation = "full" if length == 2 * MIB else "off"
     with pytest.raises(OSError) as caught:
-        disk.ctx.run(disk.node.truncate(512))
-    assert caught.value.errno == errno.ENOTSUP
+        disk.ctx.run(disk.node.truncate(length, preallocation=preallocation))
+    assert caught.value.errno == code
+    assert disk.node.length_bytes == MIB
 
 
 def test_disk_beyond_the_format_is_refused(images: Images) -> None:

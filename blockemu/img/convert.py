@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`img convert`: opens the sources, has the target made, and lets the convert job copy.
+
+What this made is removed again if anything fails, or the user interrupts it. A target that was
+there before (`-n`, or a file that is overwritten) stays, with whatever it then holds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from blockemu.drivers.chain_status import backing_node
+from blockemu.drivers.errors import ImageError
+from blockemu.drivers.sector import SECTOR_BYTES, sectors_up
+from blockemu.img.create import CreateRequest, run_create
+from blockemu.img.session import finish, open_image, run_session
+from blockemu.jobs.convert import ConvertJob, ConvertPlan
+
+if TYPE_CHECKING:
+    from blockemu.drivers.backend import BlockBackend
+    from blockemu.drivers.registry import Opener
+
+SPARSE_BYTES_MAX = 16 << 20
+"""qemu-img's bound for -S."""
+
+Progress = Callable[[int, int], None]
+"""Told (bytes that are done, bytes in all)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertRequest:
+    """What the user asked for; defaults are qemu-img's.
+
+    `existing`: the target is there and isn't made. `target_cache`: what is written is on stable
+    storage at the end, unless it is "unsafe".
+    """
+
+    sources: Sequence[str]
+    target: str
+    source_fmt: str | None = None
+    target_fmt: str = "raw"
+    option_texts: Sequence[str] = ()
+    backing_file: str | None = None
+    backing_fmt: str | None = None
+    existing: bool = False
+    target_is_zero: bool = False
+    sparse_bytes: int = 4096
+    requests_max: int = 8
+    in_order: bool = True
+    source_cache: str = "writeback"
+    target_cache: str = "unsafe"
+    force_share: bool = False
+
+    def check(self) -> None:
+        """What contradicts itself. Raises: ImageError."""
+        sparse = self.sparse_bytes
+        if sparse % SECTOR_BYTES or sparse > SPARSE_BYTES_MAX:
+            raise ImageError(
+                "-S", f"takes a multiple of {SECTOR_BYTES} up to {SPARSE_BYTES_MAX}, not {sparse}"
+            )
+        if self.target_is_zero and not self.existing:
+            raise ImageError(self.target, "is new: --target-is-zero goes with -n only")
+        if self.existing and self.option_texts:
+            raise ImageError(self.target, "is not made anew (-n), so it takes no options (-o)")
+
+
+def convert_images(request: ConvertRequest, *, progress: Progress) -> None:
+    """Carry the request out.
+
+    Context: the main thread, in which no loop runs.
+    Raises: ImageError; KeyboardInterrupt.
+    """
+    request.check()
+    run_session(lambda opener: _convert(opener, request, progress))
+
+
+async def _convert(opener: Opener, request: ConvertRequest, progress: Progress) -> None:
+    async with AsyncExitStack() as stack:
+        sources = [
+            await stack.enter_async_context(
+                open_image(
+                    opener, path, fmt=request.source_fmt, cache=request.source_cache,
+                    force_share=request.force_share,
+                )
+            )
+            for path in request.sources
+        ]  # fmt: skip
+        await convert_opened(opener, request, sources, progress)
+
+
+async def convert_opened(
+    opener: Opener, request: ConvertRequest, sources: Sequence[BlockBackend], progress: Progress
+) -> None:
+    """What is left when the sources are open: make the target, and copy.
+
+    Context: the opener's. Suspends: while the jobs run. Raises: ImageError.
+    """
+    if request.existing:
+        await _copy(opener, request, sources, progress)
+        return
+    length = sum(sectors_up(source.length_bytes) for source in sources)
+    to_create = CreateRequest.from_user(
+        request.target, str(length), fmt=request.target_fmt,
+        option_texts=request.option_texts,
+        backing_file=request.backing_file, backing_fmt=request.backing_fmt,
+    )  # fmt: skip
+    existed = os.path.lexists(request.target)
+    try:
+        await run_create(to_create, opener)
+        await _copy(opener, request, sources, progress)
+    except BaseException:
+        if not existed:
+            _remove(request.target)
+        raise
+
+
+async def _copy(
+    opener: Opener, request: ConvertRequest, sources: Sequence[BlockBackend], progress: Progress
+) -> None:
+    async with open_image(
+        opener, request.target, fmt=request.target_fmt, writable=True, cache=request.target_cache
+    ) as target:
+        has_backing = backing_node(target.node) is not None
+        if request.target_is_zero and has_backing:
+            raise ImageError(target.name, "has a backing file: --target-is-zero can't be true")
+        if request.existing and request.backing_file is not None and not has_backing:
+            raise ImageError(target.name, "has no backing file, so -B can't be true")
+        plan = ConvertPlan(
+            sources=sources,
+            target=target,
+            target_is_blank=request.target_is_zero
+            or (not request.existing and _new_image_is_blank(target)),
+            keep_backing=has_backing and (not request.existing or request.backing_file is not None),
+            sparse_bytes=request.sparse_bytes,
+            requests_max=request.requests_max,
+            in_order=request.in_order,
+        )
+        await finish(ConvertJob("convert", plan, main_ctx=opener.ctx, on_progress=progress))
+
+
+def _new_image_is_blank(target: BlockBackend) -> bool:
+    """A new file is. A device holds what it held, and so may clusters preallocated on it."""
+    return not any(
+        node.driver.host_file is not None and node.driver.host_file.is_block_device
+        for node in target.node.subtree()
+        if node.driver.is_protocol
+    )
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass  # it wasn't made, or somebody else has removed it
