@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Making the virtual disk larger.
 
-What is new must read as zeroes: the rest of the last cluster, which may hold anything, and what a
-longer backing file would show there. Both are zeroed first; then the L1 table moves if it has too
-few entries, its new place complete before the header names it; the size comes last. A crash on the
-way leaves the old disk.
+What is new must read as zeroes: the rest of the last cluster, which may hold anything, what a
+longer backing file would show there, and a machine state of QEMU's behind the disk's end (it lies
+there in L1 entries of its own, once QEMU has gone to a snapshot that has one). All are zeroed
+first; then the L1 table moves if it has too few entries, its new place complete before the header
+names it; the size comes last. A crash on the way leaves the old disk.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ async def grow(image: Image, length: int, *, preallocation: str) -> None:
         raise io_error(errno.ENOTSUP, f"{image.name}: shrinking and preallocation on resize")
     if length == old:
         return
+    if image.header.version == 2 and image.header.nb_snapshots:
+        # Their entries need not say which size the disk had.
+        raise io_error(errno.ENOTSUP, f"{image.name}: resizing version 2 with snapshots")
     last = div_up(length, image.layout.cluster_size) - 1
     held = await image.locks.exclusive(0, last)
     try:
@@ -60,6 +64,11 @@ async def _zero_new(image: Image, old: int, new: int) -> None:
     if backing is not None and backing.length_bytes > cluster_end:
         end = min(new, backing.length_bytes)
         await image.eraser.zero(cluster_end, end - cluster_end, may_unmap=True)
+    covered = 1 << (image.layout.cluster_bits + image.layout.l2_bits)
+    for index in range(image.layout.l1_entries(old), image.layout.l1_entries(new)):
+        if image.l1.words[index]:
+            end = min((index + 1) * covered, new)
+            await image.eraser.zero(index * covered, end - index * covered, may_unmap=True)
 
 
 async def _grow_l1(image: Image, entries: int) -> None:
