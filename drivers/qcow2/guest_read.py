@@ -85,6 +85,10 @@ class GuestReader:
             batch = pieces[start : start + READS_AT_ONCE]
             await gather(*(self._read_extent(*piece) for piece in batch))
 
+    def forget(self) -> None:
+        """Host clusters may be used for something else from now on."""
+        self._unpacked = None
+
     def reads_zero(self, extent: Extent, offset: int) -> bool:
         """Whether all guest bytes of `extent`, from `offset` on, are known to be zeroes."""
         if extent.kind is Kind.UNALLOCATED:

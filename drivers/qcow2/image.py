@@ -60,6 +60,7 @@ class Image:
     eraser: GuestEraser
     locks: ClusterLocks
     mutex: Mutex
+    damage: DamageLog
 
     @property
     def header(self) -> Header:
@@ -172,5 +173,5 @@ def _assemble(
         name=name, layout=layout, file=file, header_file=header_file,
         l1=l1, l2=l2, reftable=reftable, blocks=blocks, writer=writer,
         refcounts=refcounts, clusters=clusters, reader=reader, guest_writer=guest_writer,
-        eraser=eraser, locks=ClusterLocks(), mutex=mutex,
+        eraser=eraser, locks=ClusterLocks(), mutex=mutex, damage=damage,
     )  # fmt: skip
