@@ -7,6 +7,7 @@ import errno
 import logging
 import random
 from collections.abc import Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 from blockemu.drivers.backend import BlockBackend
 from blockemu.drivers.errors import ImageError
 from blockemu.loop.clock import VirtualClock
+from blockemu.loop.coroutine import Cancelled
+from blockemu.loop.sync import sleep_ns
 from tests.unit.drivers.qcow2.checker import Checker
 from tests.unit.drivers.qcow2.support import KIB, MIB, Disk, Images
 
@@ -398,6 +401,53 @@ def test_failed_write_leaves_the_image_as_it_was_or_stops_it(
             assert not judged.leaks
         failures += 1
     assert failures > 4
+
+
+@pytest.mark.parametrize("action", ["create", "apply", "delete"])
+def test_cancelled_action_leaves_leaks_at_most(
+    images: Images, action: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is cancelled a little later each time, until it is done before."""
+    caplog.set_level(logging.CRITICAL)
+    old, new = b"o" * SIZE, b"n" * 100_000 + b"o" * (SIZE - 100_000)
+    rounds = 0
+    while True:
+        image = images.create("image", SIZE, cluster_size=4096)
+        disk = images.open("image")
+        disk.write(0, old)
+        create(disk, "s")
+        disk.write(0, new[:100_000])
+        image.latency_ns = lambda kind, offset, length: 1000
+        call = {
+            "create": disk.driver.snapshot_create,
+            "apply": disk.driver.snapshot_apply,
+            "delete": disk.driver.snapshot_delete,
+        }[action]
+
+        async def cancel_it() -> bool:
+            task = disk.ctx.spawn(call("t" if action == "create" else "s"))  # noqa: B023
+            await sleep_ns(rounds * 1000 + 500)  # noqa: B023
+            ended = task.done()
+            task.cancel()
+            with suppress(Cancelled):
+                await task
+            return ended
+
+        ended = disk.ctx.run(cancel_it())
+        image.latency_ns = None
+        if disk.driver.image.writer.is_stopped:
+            disk.abandon()
+        else:
+            assert disk.read(0, SIZE) in ((new, old) if action == "apply" else (new,))
+            disk.write(0, b"w" * 3000)
+            disk.close()
+        judged = Checker(images["image"].content)
+        assert not judged.harmful
+        assert judged.snapshot_contents().get("s", old) == old
+        if ended:
+            break
+        rounds += 1
+    assert rounds > 10
 
 
 # --- read by the option `snapshot` ---
