@@ -49,6 +49,8 @@ class ImageConfig:
     fmt: str | None = None
     """None: probe."""
     read_only: bool = False
+    snapshot: str | None = None
+    """Id or name of the internal snapshot to show; read-only."""
     direct: bool = False
     aio: str = "native"
 
@@ -74,6 +76,7 @@ def serve_config(
     iothreads: Sequence[str] = (),
     fmt: str | None = None,
     read_only: bool = False,
+    snapshot: str | None = None,
     direct: bool = False,
     aio: str = "native",
     address: TcpAddress | UnixAddress | None = None,
@@ -96,7 +99,8 @@ def serve_config(
             export_name=name,
             iothread=thread,
             fmt=fmt,
-            read_only=read_only,
+            read_only=read_only or snapshot is not None,
+            snapshot=snapshot,
             direct=direct,
             aio=aio,
         )

@@ -266,6 +266,7 @@ class Opener:
         aio: str,
         node_name: str | None = None,
         force_share: bool = False,
+        snapshot: str | None = None,
     ) -> BlockDriverState:
         """Open the image at `path` the way the command line does.
 
@@ -283,6 +284,8 @@ class Opener:
         options["force-share"] = force_share
         if node_name is not None:
             options["node-name"] = node_name
+        if snapshot is not None:
+            options["snapshot"] = snapshot
         return await self.open(options)
 
     async def probe(self, path: str) -> str:

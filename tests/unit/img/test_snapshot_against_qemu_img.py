@@ -12,9 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 from blockemu.cli import cli
+from blockemu.config import UnixAddress, serve_config
 from blockemu.drivers.errors import ImageError
 from tests.peers.qemu import QemuImg, QemuIo, run_tool
 from tests.peers.requirement import require_peer
+from tests.unit.daemon_thread import DaemonThread
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +130,22 @@ def test_image_with_a_backing_file_needs_no_format() -> None:
     assert "s" in blockemu("img", "snapshot", "-l", "over")
     blockemu("img", "snapshot", "-d", "s", "over")
     assert QemuImg.check(Path("over")).leaks == 0
+
+
+def test_snapshot_is_served_for_reading(tmp_path: Path) -> None:
+    write(1)
+    blockemu("img", "snapshot", "-c", "s", "disk")
+    write(2)
+    qemu_img("resize", "disk", "8M")
+    Path("content").write_bytes(b"\1" * (1 << 20) + bytes(3 << 20))
+    address = UnixAddress(str(tmp_path / "socket"))
+    config = serve_config(["disk"], fmt="qcow2", snapshot="s", address=address)
+    with DaemonThread(config) as running:
+        assert "(qcow2, 4 MiB, read-only)" in running.lines[0]
+        QemuImg.compare(running.uris[0], Path("content"))
+    config = serve_config(["content"], fmt="raw", snapshot="s", address=address)
+    with pytest.raises(ImageError, match="'raw' has no option 'snapshot'"), DaemonThread(config):
+        pass
 
 
 def test_refusals_name_the_image_and_the_reason() -> None:
