@@ -132,23 +132,18 @@ async def mark_own(image: Image, indexes: Iterable[int]) -> None:
 
 async def _mark_own_entries(image: Image, table: int) -> None:
     for start in _slices(image, table):
-        wanted: dict[int, int] = {}
         found = await image.l2.load(start)
         words, found_runs = found.words[:], runs(image, found)
         for first, reference, is_compressed in found_runs:
             if is_compressed:
                 continue
+            end = first + reference.clusters
             own = await image.refcounts.own(reference.first, reference.clusters)
-            for step in range(reference.clusters):
-                word = words[first + step]
-                flagged = word | COPIED if step in own else word & ~COPIED
-                if flagged != word:
-                    wanted[first + step] = flagged
-        if wanted:
-            found = await image.l2.load(start)
-            for index, word in wanted.items():
-                found.words[index] = word
-                image.l2.mark_dirty(found, index)
+            flagged = [word & ~COPIED for word in words[first:end]]
+            for step in own:
+                flagged[step] |= COPIED
+            words[first:end] = array("Q", flagged)
+        _replace(image, await image.l2.load(start), words)
         await yield_now()
 
 
@@ -192,13 +187,15 @@ def runs(image: Image, found: Slice) -> list[Run]:
 
 
 def _clear_copied(image: Image, found: Slice) -> None:
-    words = found.words
-    if max(words) < COPIED:
-        return
-    for index, word in enumerate(words):
-        if word & COPIED:
-            words[index] = word & ~COPIED
-            image.l2.mark_dirty(found, index)
+    if max(found.words) >= COPIED:
+        _replace(image, found, array("Q", [word & ~COPIED for word in found.words]))
+
+
+def _replace(image: Image, found: Slice, words: array[int]) -> None:
+    """Flags differ at most, so nothing is let go."""
+    if found.words != words:
+        found.words[:] = words
+        image.l2.mark_dirty(found, 0, len(words))
 
 
 def _slices(image: Image, table: int) -> range:
