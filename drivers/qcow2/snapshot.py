@@ -9,9 +9,10 @@ durable, and then writes the header; only then does it let go of what is old.
               a copy of the L1 table; a new snapshot table
               -> header: snapshots_offset, nb_snapshots
               the old snapshot table is freed
-    go to     counts of what the snapshot's L1 table leads to: up; a copy of that L1 table
+    go to     counts of what the snapshot's L1 table leads to and the active one doesn't: up; a
+              copy of that L1 table
               -> header: l1_table_offset, l1_size, size
-              counts of what the old L1 table led to: down; it is freed
+              counts of what the old L1 table alone led to: down; it is freed
     delete    a new snapshot table
               -> header: snapshots_offset, nb_snapshots
               counts of what the snapshot's L1 table leads to: down; it and the old snapshot table
@@ -123,8 +124,7 @@ async def go_to(image: Image, snapshot: Snapshot) -> None:
     size = snapshot.disk_size
     old = image.l1.words[:]
     new = _disk_entries(theirs, image.layout.l1_entries(size))
-    gained, lost = _difference(new, old)
-    await tree_references.share(image, gained)
+    await tree_references.share(image, new, instead_of=old)
     copy: Reference | None = None
     try:
         copy = await _write_l1(image, new)
@@ -132,7 +132,7 @@ async def go_to(image: Image, snapshot: Snapshot) -> None:
     except BaseException:
         if copy is not None:
             await image.refcounts.release(copy)
-        await tree_references.drop(image, gained)
+        await tree_references.drop(image, new, instead=old)
         raise
     offset = copy.first << image.layout.cluster_bits
     freed = _l1_clusters(image, image.l1.offset, len(old))
@@ -144,7 +144,7 @@ async def go_to(image: Image, snapshot: Snapshot) -> None:
     image.l1.replace(new, offset=offset)
     image.guest_writer.disk_bytes = size
     image.reader.forget()
-    await tree_references.drop(image, lost)
+    await tree_references.drop(image, old, instead=new)
     if freed.clusters:
         await image.refcounts.release(freed)
 
@@ -178,15 +178,6 @@ def _disk_entries(words: array[int], entries: int) -> array[int]:
     """L1 entries of the disk alone, at least one, without COPIED."""
     found = array("Q", (word & OFFSET_MASK for word in words[: max(entries, 1)]))
     return found or array("Q", (0,))
-
-
-def _difference(new: array[int], old: array[int]) -> tuple[array[int], array[int]]:
-    """What the new L1 table names and the old one doesn't, in the same place; and the reverse."""
-    gained, lost = new[:], old[:]
-    for index, (one, other) in enumerate(zip(new, old, strict=False)):
-        if one & OFFSET_MASK == other & OFFSET_MASK:
-            gained[index] = lost[index] = 0
-    return gained, lost
 
 
 def _l1_clusters(image: Image, offset: int, entries: int) -> Reference:

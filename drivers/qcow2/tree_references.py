@@ -12,8 +12,9 @@ is ours alone (`mark_own`). A crash between a count and its flag leaves a flag t
 harmless: clear, though the cluster is ours alone (a copy too many), or set, though a count is one
 too high for a reference that never came to be (a leak).
 
-Where two L1 tables name the same L2 table in the same place, nothing of it changes when one takes
-the place of the other: the caller leaves such entries out.
+When one L1 table takes the place of another, what both lead to in the same place keeps its count:
+it is left out on both sides (`instead_of`, `instead`). So that costs what differs, and needs no
+count above those of before and after.
 
 Context: home thread of the AioContext, alone with the image, under the metadata mutex. All yield to
 the loop between slices, so that a large tree doesn't stop the other images of a thread.
@@ -23,11 +24,11 @@ from __future__ import annotations
 
 import errno
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from blockemu.drivers.errors import io_error
-from blockemu.drivers.qcow2.layout import COMPRESSED, COPIED, L1_RESERVED, OFFSET_MASK
+from blockemu.drivers.qcow2.layout import COMPRESSED, COPIED, L1_RESERVED, OFFSET_MASK, ZERO
 from blockemu.drivers.qcow2.metadata_writer import Reference
 from blockemu.loop.sync import yield_now
 
@@ -45,30 +46,28 @@ class Run(NamedTuple):
     is_compressed: bool = False
 
 
-async def share(image: Image, words: array[int]) -> None:
-    """Count one more reference to all that these L1 entries lead to, and clear COPIED there.
+async def share(image: Image, words: array[int], *, instead_of: array[int] | None = None) -> None:
+    """Count one more reference to all that these L1 entries lead to, and clear COPIED there. What
+    `instead_of` leads to in the same place isn't counted.
 
     Suspends: for tables. Raises: ImageError (a count is at its limit), OSError; then all counts are
     as before, and flags that should be set may be clear (`mark_own`).
     """
     done = 0
     try:
-        for entry in words:
-            if entry:
-                await _share_table(image, _table(image, entry))
+        for entry, other in _pairs(words, instead_of):
+            if not _same(entry, other):
+                await _share_table(image, _table(image, entry), other)
             done += 1
     except BaseException:
-        await drop(image, words[:done])
+        await drop(image, words[:done], instead=instead_of)
         raise
 
 
-async def _share_table(image: Image, table: int) -> None:
-    references = []
+async def _share_table(image: Image, table: int, other: int) -> None:
+    references = await _references(image, table, other)
     for start in _slices(image, table):
-        found = await image.l2.load(start)
-        references += [run.reference for run in runs(image, found)]
-        _clear_copied(image, found)
-        await yield_now()
+        _clear_copied(image, await image.l2.load(start))
     own = Reference(table >> image.layout.cluster_bits, 1, is_table=True)
     references.append(own)
     done = 0
@@ -82,19 +81,20 @@ async def _share_table(image: Image, table: int) -> None:
         raise
 
 
-async def drop(image: Image, words: array[int]) -> None:
+async def drop(image: Image, words: array[int], *, instead: array[int] | None = None) -> None:
     """Count one reference less to all that these L1 entries lead to, which nothing on disk may name
-    by this way any more. What is then used by nobody is free, and the host is offered its space.
+    by this way any more. What `instead` leads to in the same place isn't counted. What is then used
+    by nobody is free, and the host is offered its space.
 
     Never fails: what can't be counted down is leaked, and logged. Suspends: for tables.
     """
     tables = []
-    for entry in words:
-        if not entry:
+    for entry, other in _pairs(words, instead):
+        if _same(entry, other):
             continue
         try:
             table = _table(image, entry)
-            references = await _references(image, table)
+            references = await _references(image, table, other)
         except OSError as error:
             image.damage.report(f"L1 entry {entry:#x}: what it leads to leaks: {error}")
             continue
@@ -102,7 +102,6 @@ async def drop(image: Image, words: array[int]) -> None:
             await image.refcounts.release(reference._replace(discard=True))
         await image.refcounts.apply_released()
         tables.append(table)
-        await yield_now()
     for table in tables:  # only now: each makes the places of metadata be looked up again
         first = table >> image.layout.cluster_bits
         await image.refcounts.release(Reference(first, 1, is_table=True, discard=True))
@@ -133,7 +132,7 @@ async def mark_own(image: Image, indexes: Iterable[int]) -> None:
 async def _mark_own_entries(image: Image, table: int) -> None:
     for start in _slices(image, table):
         found = await image.l2.load(start)
-        words, found_runs = found.words[:], runs(image, found)
+        words, found_runs = found.words[:], runs(image, found, found.words)
         for first, reference, is_compressed in found_runs:
             if is_compressed:
                 continue
@@ -147,20 +146,46 @@ async def _mark_own_entries(image: Image, table: int) -> None:
         await yield_now()
 
 
-async def _references(image: Image, table: int) -> list[Reference]:
-    references = []
+async def _references(image: Image, table: int, other: int) -> list[Reference]:
+    """What an L2 table refers to, and the one that the L1 entry `other` names doesn't.
+
+    Suspends: to read, and once for each slice. Raises: OSError.
+    """
+    references: list[Reference] = []
+    beside = _table(image, other) - table if other else 0
     for start in _slices(image, table):
+        not_counted = (await image.l2.load(start + beside)).words[:] if beside else array("Q")
         found = await image.l2.load(start)
-        references += [run.reference for run in runs(image, found)]
+        words = found.words
+        if beside:
+            words = array("Q", map(_what_differs, words, not_counted))
+        references += [run.reference for run in runs(image, found, words)]
+        await yield_now()
     return references
 
 
-def runs(image: Image, found: Slice) -> list[Run]:
-    """What the entries of a slice refer to, neighbours together.
+def _what_differs(word: int, other: int) -> int:
+    return word if (word ^ other) & ~(COPIED | ZERO) else 0
+
+
+def _pairs(words: array[int], others: array[int] | None) -> Iterator[tuple[int, int]]:
+    """Each L1 entry with the other table's in the same place, or 0."""
+    for index, entry in enumerate(words):
+        yield entry, others[index] if others is not None and index < len(others) else 0
+
+
+def _same(entry: int, other: int) -> bool:
+    """Both L1 entries name the same L2 table, or the first one none."""
+    return not (entry ^ other) & OFFSET_MASK or not entry
+
+
+def runs(image: Image, found: Slice, words: array[int]) -> list[Run]:
+    """What the entries of a slice refer to, neighbours together. `words` are the slice's, with 0
+    for those that don't matter.
 
     Suspends: never. Raises: OSError(EIO), for an entry that can't be right.
     """
-    words, clusters = found.words, image.clusters
+    clusters = image.clusters
     size, bits = image.layout.cluster_size, image.layout.cluster_bits
     result: list[Run] = []
     if not any(words):

@@ -257,11 +257,7 @@ def test_count_at_its_limit_is_refused_and_all_counts_are_as_before(
     assert after.references == before.references
     assert not after.corruptions
     assert not after.leaks
-    said = refusal(disk, disk.driver.snapshot_apply("s0"))  # on the way there is one more
-    assert f"has {limit} references already" in said
-    assert disk.read(0, KIB) == b"y" * KIB
-    delete(disk, "s1")
-    apply(disk, "s0")
+    apply(disk, "s0")  # no count needs to be higher than before or after
     assert disk.read(0, KIB) == b"x" * KIB
     disk.close()
     clean(images, tmp_path)
