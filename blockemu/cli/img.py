@@ -14,6 +14,7 @@ EPILOG = """
 Examples:
   blockemu img create -f qcow2 -o cluster_size=64k disk.qcow2 10G
   blockemu img info --output json disk.qcow2
+  blockemu img snapshot -c before-upgrade disk.qcow2
 """
 
 

@@ -338,8 +338,10 @@ class Refcounts:
             found = await self._load_counted(cluster)
             first = cluster % self._slice_entries
             stop = min(first + end - cluster, self._slice_entries)
-            common = self._width.common(found.words, first, stop) if delta < 0 else None
-            if common is not None and common > 1:
+            common = None
+            if delta < 0 and stop - first > 1:
+                common = self._width.common(found.words, first, stop)
+            if common is not None and common > 1:  # all at once, and none becomes free
                 self._width.fill(found.words, first, stop, common + delta)
                 self._mark(found, first, stop - first)
                 cluster += stop - first

@@ -29,3 +29,8 @@ def test_a_file_whose_name_is_not_utf8_is_served_under_a_name_of_its_own() -> No
 def test_a_thread_without_a_name_is_refused() -> None:
     with pytest.raises(DaemonError, match="--iothread: the name is empty"):
         serve_config(["disk.raw"], iothreads=[""])
+
+
+def test_a_snapshot_is_served_for_reading_only() -> None:
+    (image,) = serve_config(["disk.qcow2"], snapshot="before").images
+    assert (image.read_only, image.snapshot) == (True, "before")
