@@ -3,5 +3,6 @@
 
 Written from the specification (docs/interop/qcow2 in QEMU's documentation). Read in this order:
 layout, header, table_cache, metadata_writer, refcount, cluster_map, guest_read, guest_write,
-guest_erase, and driver for how they meet a request; create for how an image begins.
+guest_erase, and driver for how they meet a request; create for how an image begins; tree_references
+and snapshot for internal snapshots.
 """

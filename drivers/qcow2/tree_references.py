@@ -149,10 +149,14 @@ async def _mark_own_entries(image: Image, table: int) -> None:
 async def _references(image: Image, table: int, other: int) -> list[Reference]:
     """What an L2 table refers to, and the one that the L1 entry `other` names doesn't.
 
+    An `other` that is damaged counts as none: it can't be counted down, but it may be left.
     Suspends: to read, and once for each slice. Raises: OSError.
     """
     references: list[Reference] = []
-    beside = _table(image, other) - table if other else 0
+    try:
+        beside = _table(image, other) - table if other else 0
+    except OSError:
+        beside = 0
     for start in _slices(image, table):
         not_counted = (await image.l2.load(start + beside)).words[:] if beside else array("Q")
         found = await image.l2.load(start)

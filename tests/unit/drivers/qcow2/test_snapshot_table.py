@@ -12,6 +12,7 @@ import pytest
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.qcow2.snapshot_table import L1_RANGES_MAX, Snapshot, SnapshotTable, serialise
 from blockemu.loop.memory_file import MemoryImage
+from tests.unit.drivers.qcow2.checker import Checker
 from tests.unit.drivers.qcow2.support import KIB, MIB, Disk, Images
 
 CLUSTER = 65536
@@ -123,6 +124,35 @@ def test_l2_table_in_other_metadata_is_refused(images: Images) -> None:
     words = "the L2 table 0 of snapshot 's' lies over other metadata"
     assert words in use_refusal(disk)
     assert words in use_refusal(disk, delete=True)
+
+
+@pytest.mark.parametrize("level", ["L1", "L2"])
+def test_damaged_disk_goes_back_to_a_good_snapshot(
+    images: Images, level: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = images.create("image", MIB)
+    disk = images.open("image")
+    disk.write(0, b"x" * MIB)
+    disk.ctx.run(disk.driver.snapshot_create("s"))
+    disk.write(0, b"y" * (MIB // 2))
+    disk.close()
+    (l1,) = struct.unpack_from(">Q", image.content, 40)
+    (l2,) = struct.unpack_from(">Q", image.content, l1)
+    place = l1 if level == "L1" else l2 & ~(1 << 63)
+    struct.pack_into(">Q", image.content, place, 1 << 50)
+    disk = images.open("image")
+    caplog.set_level("CRITICAL")
+    with pytest.raises(OSError, match="Input/output error"):
+        disk.read(0, 512)
+    with pytest.raises(OSError, match="Input/output error"):
+        disk.ctx.run(disk.driver.snapshot_create("t"))
+    disk.ctx.run(disk.driver.snapshot_apply("s"))
+    assert disk.read(0, MIB) == b"x" * MIB
+    disk.write(0, b"z")
+    disk.close()
+    judged = Checker(image.content)
+    assert not judged.corruptions
+    assert judged.snapshot_contents() == {"s": b"x" * MIB}
 
 
 def test_snapshots_l1_table_counted_as_free_is_never_handed_out(images: Images) -> None:
