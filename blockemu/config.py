@@ -49,6 +49,8 @@ class ImageConfig:
     fmt: str | None = None
     """None: probe."""
     read_only: bool = False
+    snapshot: str | None = None
+    """Id or name of the internal snapshot to show; read-only."""
     direct: bool = False
     aio: str = "native"
     discard: str = "unmap"
@@ -76,6 +78,7 @@ def serve_config(
     iothreads: Sequence[str] = (),
     fmt: str | None = None,
     read_only: bool = False,
+    snapshot: str | None = None,
     direct: bool = False,
     aio: str = "native",
     discard: str = "unmap",
@@ -102,7 +105,8 @@ def serve_config(
             export_name=name,
             iothread=thread,
             fmt=fmt,
-            read_only=read_only,
+            read_only=read_only or snapshot is not None,
+            snapshot=snapshot,
             direct=direct,
             aio=aio,
             discard=discard,

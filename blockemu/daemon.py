@@ -167,6 +167,7 @@ class Daemon:
             image.path,
             fmt=image.fmt,
             read_only=image.read_only,
+            snapshot=image.snapshot,
             direct=image.direct,
             aio=image.aio,
             discard=image.discard,

@@ -15,7 +15,7 @@ import errno
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
-from blockemu.drivers.errors import io_error
+from blockemu.drivers.errors import ImageError, io_error
 
 if TYPE_CHECKING:
     from blockemu.drivers.child import Permission
@@ -141,6 +141,27 @@ class BlockDriver(ABC):
     async def truncate(self, length: int, *, preallocation: str = "off") -> None:
         """Change the size to `length` bytes. Raises: OSError(ENOTSUP) where it can't be."""
         raise io_error(errno.ENOTSUP, f"driver {self.name} can't be resized")
+
+    # Internal snapshots: the coroutines drain the node themselves, and aren't requests on it.
+
+    async def snapshot_create(self, name: str) -> None:
+        """Keep the disk as it is now. Raises: ImageError; OSError. It is unchanged then."""
+        raise self._no_snapshots()
+
+    async def snapshot_apply(self, id_or_name: str) -> None:
+        """Make the disk what it was then, its size included; what it is now is lost.
+
+        Raises: ImageError; OSError. It is unchanged then.
+        """
+        raise self._no_snapshots()
+
+    async def snapshot_delete(self, name_or_id: str) -> None:
+        """Delete a snapshot, and free its space. Raises: ImageError; OSError. It is there then."""
+        raise self._no_snapshots()
+
+    def _no_snapshots(self) -> ImageError:
+        name = self.node.filename or self.node.node_name
+        return ImageError(name, f"format {self.name} has no internal snapshots")
 
     async def close(self) -> None:
         """Let go of everything. The node is quiet and flushed; children are closed by the node."""

@@ -280,6 +280,7 @@ class Opener:
         force_share: bool = False,
         discard: str = "unmap",
         detect_zeroes: str = "off",
+        snapshot: str | None = None,
     ) -> BlockDriverState:
         """Open the image at `path` the way the command line does.
 
@@ -299,6 +300,8 @@ class Opener:
         options["detect-zeroes"] = detect_zeroes
         if node_name is not None:
             options["node-name"] = node_name
+        if snapshot is not None:
+            options["snapshot"] = snapshot
         return await self.open(options)
 
     async def probe(self, path: str) -> str:

@@ -56,6 +56,12 @@ class HostClock:
     now_ns = staticmethod(time.time_ns)
 
 
+def local_time_text(seconds: int) -> str:
+    """A moment of the wall clock, in seconds since 1970, as people here read it:
+    `2024-02-29 23:59:59`, in the machine's time zone."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
 class VirtualClock:
     """A clock that stands still until it is told to move. It starts at 0."""
 

@@ -14,12 +14,14 @@ from blockemu.cli.img_info import info
 from blockemu.cli.img_map import map_
 from blockemu.cli.img_measure import measure
 from blockemu.cli.img_resize import resize
+from blockemu.cli.img_snapshot import snapshot
 
 EPILOG = """
 \b
 Examples:
   blockemu img create -f qcow2 -o cluster_size=64k disk.qcow2 10G
   blockemu img info --output json disk.qcow2
+  blockemu img snapshot -c before-upgrade disk.qcow2
 """
 
 
@@ -38,3 +40,4 @@ img.add_command(info)
 img.add_command(map_)
 img.add_command(measure)
 img.add_command(resize)
+img.add_command(snapshot)

@@ -60,6 +60,14 @@ Examples:
 )
 @click.option("--read-only", "-r", is_flag=True, help="Open the images for reading only.")
 @click.option(
+    "-l",
+    "--load-snapshot",
+    "snapshot",
+    metavar="SNAPSHOT",
+    help="Serve the images as they were at this internal snapshot (an id, or else a name), for "
+    "reading only.",
+)
+@click.option(
     "--cache",
     type=click.Choice(["direct", "writeback"]),
     default="writeback",
@@ -145,6 +153,7 @@ def serve(
     host: str | None,
     port: int | None,
     read_only: bool,
+    snapshot: str | None,
     cache: str,
     aio: str,
     discard: str,
@@ -183,6 +192,7 @@ def serve(
         iothreads=iothreads,
         fmt=fmt,
         read_only=read_only,
+        snapshot=snapshot,
         direct=cache == "direct",
         aio=aio,
         discard=discard,

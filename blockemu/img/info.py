@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.registry import PROBE_BYTES, Opener
 from blockemu.img.size import format_size
+from blockemu.img.snapshot_list import format_snapshots
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.host_file import FileEngine, PosixFiles
 
@@ -55,8 +56,22 @@ def read_info(
 
 
 async def _read_info(opener: Opener, path: str, fmt: str | None, force_share: bool) -> Facts:
+    node = await open_layer(opener, path, fmt=fmt, read_only=True, force_share=force_share)
+    try:
+        return image_info(node)
+    finally:
+        await node.close()
+
+
+async def open_layer(
+    opener: Opener, path: str, *, fmt: str | None, read_only: bool, force_share: bool = False
+) -> BlockDriverState:
+    """Open the image at `path` alone, without its backing file. `fmt` None: it is guessed.
+
+    Context: that of `opener`. Raises: ImageError.
+    """
     options = {"driver": "file", "filename": path, "aio": "threads"}
-    shared = {"read-only": True, "force-share": force_share}
+    shared = {"read-only": read_only, "force-share": force_share}
     file = await opener.open({**options, **shared})
     try:
         if fmt is None:
@@ -64,14 +79,10 @@ async def _read_info(opener: Opener, path: str, fmt: str | None, force_share: bo
         known = {} if fmt == "raw" else {"backing": None}
         if fmt in ("file", "host_device") or opener.drivers.find(fmt) is None:
             raise ImageError(path, f"there is no image format '{fmt}'")
-        node = await opener.open({"driver": fmt, "file": file.node_name, **known, **shared})
+        return await opener.open({"driver": fmt, "file": file.node_name, **known, **shared})
     except BaseException:
         await file.close()
         raise
-    try:
-        return image_info(node)
-    finally:
-        await node.close()
 
 
 async def guess_format(opener: Opener, file: BlockDriverState) -> str:
@@ -136,6 +147,7 @@ def format_human(facts: Facts) -> str:
     if facts["dirty-flag"]:
         lines.append("cleanly shut down: no")
     lines += _backing_lines(facts)
+    lines += format_snapshots(facts.get("snapshots", []))
     specific = facts.get("format-specific", {}).get("data", {})
     if specific:
         lines.append("Format specific information:")

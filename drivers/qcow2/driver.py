@@ -8,24 +8,31 @@ what happens in place, exclusive for what changes the mapping. A write tries in 
 from __future__ import annotations
 
 import logging
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 from blockemu.drivers.child import Permission, Role
 from blockemu.drivers.direct_map import PAGE_BYTES, PAGES_MAX, DirectMap
+from blockemu.drivers.drain import DrainedSection
 from blockemu.drivers.driver import BlockDriver, BlockStatus, RequestFlags
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.map_slot import MapSlot
-from blockemu.drivers.qcow2 import resize, status
+from blockemu.drivers.options import take_str
+from blockemu.drivers.qcow2 import resize, snapshot, status
 from blockemu.drivers.qcow2.compression import TYPE_NAMES
 from blockemu.drivers.qcow2.features import CORRUPT, DIRTY, LAZY_REFCOUNTS
-from blockemu.drivers.qcow2.header import MAGIC, Header
+from blockemu.drivers.qcow2.header import MAGIC, Header, check_tables
 from blockemu.drivers.qcow2.header_file import read_header
 from blockemu.drivers.qcow2.image import Image, open_image
 from blockemu.drivers.qcow2.layout import div_up
 from blockemu.drivers.qcow2.options import L2_CACHE, REFCOUNT_CACHE, take_options
 from blockemu.drivers.qcow2.probe import names_other_file
+from blockemu.drivers.qcow2.snapshot_table import Snapshot, SnapshotTable, read_table
+from blockemu.loop.clock import ClockType
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from blockemu.drivers.child import BdrvChild
     from blockemu.drivers.metadata_budget import Share
     from blockemu.drivers.node import BlockDriverState
@@ -33,13 +40,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+GUEST_CLUSTER_MAX = 1 << 55
+"""Behind every guest cluster."""
+
 MAP_PAGES_MIN = 4096
 """Clusters that an image's direct map holds however little memory is left."""
 
 
 class Qcow2Driver(BlockDriver):
     """Options: `file`; `backing` (a node, its options, or null for none; missing: as the header
-    says); those of options.py."""
+    says); `snapshot` (an id or a name: show that one, read-only); those of options.py."""
 
     name = "qcow2"
     supports_compressed_writes = True
@@ -67,6 +77,8 @@ class Qcow2Driver(BlockDriver):
         )
         name = node.filename or node.node_name
         header = await read_header(name, file)
+        snapshots = await _read_snapshots(name, header, file)
+        _choose_snapshot(name, header, snapshots, file, node, options)
         share = opener.metadata_budget.new_share()
         try:
             own = take_options(name, options, header.layout, header.size, share, unmap=node.unmap)
@@ -74,6 +86,7 @@ class Qcow2Driver(BlockDriver):
                 name, header, file, read_only=node.read_only, options=own,
                 buffers=lambda: node.ctx.buffers,
             )  # fmt: skip
+            image.header_file.snapshots = snapshots
             image.reader.backing = await _open_backing(name, header, node, options, opener)
         except BaseException:
             share.release()
@@ -166,6 +179,49 @@ class Qcow2Driver(BlockDriver):
             self.image.reader.direct_map = None
             await resize.resize(self.image, length, preallocation=preallocation)
 
+    # --- snapshots ---
+
+    @property
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """The internal snapshots, in the table's order. Context: any thread."""
+        return self.image.header_file.snapshots.entries
+
+    async def snapshot_create(self, name: str) -> None:
+        async with self._alone():
+            now_ns = self.node.ctx.now_ns(ClockType.HOST)
+            await snapshot.create(self.image, name, now_ns=now_ns)
+
+    async def snapshot_apply(self, id_or_name: str) -> None:
+        async with self._alone():
+            table = self.image.header_file.snapshots
+            await snapshot.go_to(self.image, self._found(id_or_name, table.find(id_or_name)))
+
+    async def snapshot_delete(self, name_or_id: str) -> None:
+        async with self._alone():
+            found = self.image.header_file.snapshots.find_for_deletion(name_or_id)
+            await snapshot.delete(self.image, self._found(name_or_id, found))
+
+    def _found(self, wanted: str, found: Snapshot | None) -> Snapshot:
+        if found is None:
+            raise ImageError(self.image.name, f"there is no snapshot '{wanted}'")
+        return found
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """Nobody else uses the image inside: it is drained, and what its direct map says is about
+        to change."""
+        image = self.image
+        if self.node.read_only:
+            raise ImageError(image.name, "its snapshots can't be changed: it is open read-only")
+        async with DrainedSection(self.node), self._map_slot.shut():
+            image.reader.direct_map = None
+            held = await image.locks.exclusive(0, GUEST_CLUSTER_MAX)
+            try:
+                async with image.mutex:
+                    yield
+            finally:
+                image.locks.release(held)
+
     # --- life ---
 
     def _take_share(self, share: Share) -> int:
@@ -234,11 +290,61 @@ class Qcow2Driver(BlockDriver):
             "dirty-flag": bool(header.incompatible_features & DIRTY),
             "format-specific": {"type": "qcow2", "data": data},
         }
+        if self.snapshots:
+            found["snapshots"] = [_snapshot_facts(entry) for entry in self.snapshots]
         if header.backing_file is not None:
             found["backing-filename"] = header.backing_file
             if header.backing_format is not None:
                 found["backing-filename-format"] = header.backing_format
         return found
+
+
+async def _read_snapshots(name: str, header: Header, file: BdrvChild) -> SnapshotTable:
+    check_tables(name, header, file_bytes=file.length_bytes)
+    try:
+        return await read_table(name, header, file.preadv, file_bytes=file.length_bytes)
+    except OSError as error:
+        raise ImageError.from_os_error(name, error) from error
+
+
+def _choose_snapshot(
+    name: str,
+    header: Header,
+    snapshots: SnapshotTable,
+    file: BdrvChild,
+    node: Any,
+    options: dict[str, Any],
+) -> None:
+    """With the option `snapshot`, make the header in memory describe that one's disk."""
+    wanted = take_str(name, options, "snapshot", None)
+    if wanted is None:
+        return
+    if not node.read_only:
+        raise ImageError(name, f"snapshot '{wanted}' can only be opened read-only")
+    found = snapshots.find(wanted)
+    if found is None:
+        raise ImageError(name, f"there is no snapshot '{wanted}'")
+    found.check_l1(name, header, file_bytes=file.length_bytes)
+    header.l1_table_offset = found.l1_table_offset
+    header.l1_size = found.l1_size
+    header.size = found.disk_size
+
+
+def _snapshot_facts(entry: Snapshot) -> dict[str, Any]:
+    """SnapshotInfo, under QEMU's names."""
+    seconds, nanoseconds = divmod(entry.vm_clock_nsec, snapshot.NS_PER_S)
+    facts: dict[str, Any] = {
+        "id": entry.id,
+        "name": entry.name,
+        "vm-state-size": entry.vm_state_size,
+        "date-sec": entry.date_sec,
+        "date-nsec": entry.date_nsec,
+        "vm-clock-sec": seconds,
+        "vm-clock-nsec": nanoseconds,
+    }
+    if entry.icount is not None:
+        facts["icount"] = entry.icount
+    return facts
 
 
 async def _open_backing(

@@ -107,7 +107,7 @@ class GuestReader:
             host += size
 
     def forget_unpacked(self) -> None:
-        """Compressed clusters are about to be entered, maybe where others have been."""
+        """Where compressed clusters have been there may be something else from now on."""
         self._unpacked = None
 
     async def _read_extent(self, extent: Extent, offset: int, view: memoryview) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.qcow2.features import CORRUPT
 from blockemu.drivers.qcow2.header import V2_LENGTH, Header, first_cluster_bytes, parse
+from blockemu.drivers.qcow2.snapshot_table import SnapshotTable
 
 if TYPE_CHECKING:
     from blockemu.drivers.child import BdrvChild
@@ -47,6 +48,8 @@ class HeaderFile:
 
     def __init__(self, header: Header, file: ImageFile) -> None:
         self.header = header
+        self.snapshots = SnapshotTable()
+        """The table that the header names."""
         self._file = file
 
     async def clear_autoclear(self) -> None:
@@ -64,6 +67,17 @@ class HeaderFile:
         self.header.l1_table_offset = offset
         self.header.l1_size = entries
         await self._write()
+
+    async def move_disk(self, *, offset: int, entries: int, size: int) -> None:
+        """Another L1 table with another size, at once."""
+        self.header.size = size
+        await self.move_l1(offset=offset, entries=entries)
+
+    async def move_snapshots(self, table: SnapshotTable) -> None:
+        self.header.snapshots_offset = table.offset
+        self.header.nb_snapshots = len(table.entries)
+        await self._write()
+        self.snapshots = table
 
     async def set_size(self, size: int) -> None:
         self.header.size = size

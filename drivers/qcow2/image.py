@@ -65,6 +65,7 @@ class Image:
     locks: ClusterLocks
     mutex: Mutex
     mark: CorruptMark
+    damage: DamageLog
 
     @property
     def header(self) -> Header:
@@ -191,4 +192,5 @@ def _assemble(
         l1=l1, l2=l2, reftable=reftable, blocks=blocks, writer=writer,
         refcounts=refcounts, clusters=clusters, reader=reader, guest_writer=guest_writer,
         eraser=eraser, compressor=packer, locks=ClusterLocks(), mutex=mutex, mark=mark,
+        damage=damage,
     )  # fmt: skip

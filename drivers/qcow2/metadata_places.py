@@ -5,7 +5,8 @@ Refcounts say what is free. Where they are wrong (a damaged image; one that a cr
 behind), what they call free may be the header or a table in use, and to write guest data there is
 the end of the image. So before a cluster that was in the file when it was opened is taken, it is
 looked for among the places that are known without reading anything: the header, the L1 table and
-the L2 tables that it names, the refcount table and the blocks that it names, the snapshot table.
+the L2 tables that it names, the refcount table and the blocks that it names, the snapshot table,
+the snapshots' L1 tables.
 A clash is damage: nothing is taken. So is a guest cluster that claims to lie in such a place, once
 it is let go: it isn't counted down, nor is its space discarded. After either the image is marked
 and written no more (corrupt_mark.py).
@@ -61,13 +62,24 @@ class MetadataPlaces:
         self._places = None
 
     def _collect(self) -> array[int]:
-        layout, header = self._layout, self._header.header
+        header = self._header.header
+        least = (header.snapshots_offset, header.nb_snapshots * SNAPSHOT_ENTRY_MIN)
+        file_bytes = self._end * self._layout.cluster_size
+        return self._collect_with(least, *self._header.snapshots.l1_ranges(file_bytes))
+
+    def without_snapshots(self) -> array[int]:
+        """The clusters of the tables as they are now, but for the L1 tables of snapshots."""
+        return self._collect_with()
+
+    def _collect_with(self, *ranges: tuple[int, int]) -> array[int]:
+        layout = self._layout
         l1, reftable = self._writer.l1, self._writer.reftable
         places = {0}
         for offset, length in (
             (l1.offset, len(l1) * ENTRY_BYTES),
             (reftable.offset, len(reftable) * ENTRY_BYTES),
-            (header.snapshots_offset, header.nb_snapshots * SNAPSHOT_ENTRY_MIN),
+            (self._header.snapshots.offset, self._header.snapshots.length),
+            *ranges,
         ):
             first = offset >> layout.cluster_bits
             places.update(range(first, first + div_up(length, layout.cluster_size)))

@@ -112,6 +112,11 @@ class MetadataWriter:
             or bool(self._let_go)
         )
 
+    @property
+    def is_stopped(self) -> bool:
+        """`stop` was called."""
+        return self._stopped is not None
+
     def stop(self, reason: str) -> None:
         """Memory and disk may disagree on where a table is: write no metadata from now on."""
         self._stopped = reason

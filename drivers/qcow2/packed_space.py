@@ -70,13 +70,13 @@ class PackedSpace:
         await self._refcounts.apply_released()  # may free the cluster that is being filled
         begun = self._next
         if begun and begun % self._size + length <= self._size:
-            if await self._refcounts.share(begun >> self._bits):
+            if await self._refcounts.share_one(begun >> self._bits):
                 return self._hand_out(begun, length)
             begun = 0
         taken = await self._refcounts.allocate(1)
         if begun and begun == self._next and taken.first == (begun >> self._bits) + 1:
             try:
-                shared = await self._refcounts.share(begun >> self._bits)
+                shared = await self._refcounts.share_one(begun >> self._bits)
             except BaseException:
                 await self._refcounts.release(Reference(taken.first, 1))
                 raise

@@ -23,7 +23,7 @@ import errno
 from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
-from blockemu.drivers.errors import io_error
+from blockemu.drivers.errors import ImageError, io_error
 from blockemu.drivers.qcow2.layout import (
     HOST_OFFSET_MAX,
     REFTABLE_BYTES_MAX,
@@ -37,7 +37,7 @@ from blockemu.drivers.qcow2.root_table import ENTRY_BYTES, RootTable
 from blockemu.drivers.qcow2.table_cache import Slice, TableCache, disk_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from blockemu.drivers.qcow2.corrupt_mark import CorruptMark
     from blockemu.drivers.qcow2.damage import DamageLog
@@ -167,7 +167,7 @@ class Refcounts:
         await self._add(Reference(first, count), 1)
         return Allocation(first, count, self._take(first, count))
 
-    async def share(self, cluster: int) -> bool:
+    async def share_one(self, cluster: int) -> bool:
         """Count one more reference to a cluster in use. False, if its count is at its limit.
 
         Suspends: for the table to be read. Raises: OSError; nothing is counted then.
@@ -239,6 +239,83 @@ class Refcounts:
         low, high = self._width.word(first), self._width.word(first + count - 1)
         self._cache.mark_dirty(found, low, high - low + 1)
 
+    # --- sharing ---
+
+    async def share(self, reference: Reference) -> None:
+        """Count one more reference to clusters that are in use, to all of them or to none.
+
+        Suspends: for refcount blocks. Raises: ImageError, if a count is at its limit; OSError.
+        """
+        done = 0
+        try:
+            while done < reference.clusters:
+                done += await self._share_some(reference.first + done, reference.clusters - done)
+        except BaseException:
+            if done:
+                await self.release(reference._replace(clusters=done))
+            raise
+
+    async def _share_some(self, cluster: int, count: int) -> int:
+        """Those of a run that its first slice counts. Returns how many they are."""
+        found = await self._load_counted(cluster)
+        first = cluster % self._slice_entries
+        stop = min(first + count, self._slice_entries)
+        common = self._width.common(found.words, first, stop)
+        if common is not None:
+            self._check_shareable(cluster, common)
+            self._width.fill(found.words, first, stop, common + 1)
+        else:
+            counts = [self._width.get(found.words, index) for index in range(first, stop)]
+            for step, value in enumerate(counts):
+                self._check_shareable(cluster + step, value)
+            for step, value in enumerate(counts):
+                self._width.set(found.words, first + step, value + 1)
+        self._mark(found, first, stop - first)
+        return stop - first
+
+    def _check_shareable(self, cluster: int, count: int) -> None:
+        if not count:
+            raise self._damage.report(f"host cluster {cluster} is in use but counted as free")
+        if count >= self._layout.refcount_max:
+            raise ImageError(
+                self._file.name,
+                f"host cluster {cluster} has {count} references already, the most that"
+                f" refcount_bits={self._layout.refcount_bits} can count",
+            )
+
+    async def own(self, first: int, count: int) -> Collection[int]:
+        """Which clusters of a run have one reference, by their place in the run.
+
+        Suspends: for refcount blocks. Raises: OSError.
+        """
+        own: list[int] = []
+        done = 0
+        while done < count:
+            found = await self._load_counted(first + done)
+            low = (first + done) % self._slice_entries
+            high = min(low + count - done, self._slice_entries)
+            common = self._width.common(found.words, low, high)
+            if common == 1 and high - low == count:
+                return range(count)
+            if common in (None, 1):
+                get, words = self._width.get, found.words
+                own += [done + at - low for at in range(low, high) if get(words, at) == 1]
+            done += high - low
+        return own
+
+    async def _load_counted(self, cluster: int) -> Slice:
+        """The slice that counts a cluster in use. Raises: OSError(EIO), if there is none."""
+        if cluster >> self._layout.block_bits >= len(self._table):
+            raise self._damage.report(f"host cluster {cluster} is beyond the refcount table")
+        found = await self._load(cluster)
+        if found is None:
+            raise self._damage.report(f"host cluster {cluster} has no refcount block")
+        return found
+
+    def metadata_places(self) -> array[int]:
+        """The host clusters of the tables, ascending, but for the L1 tables of snapshots."""
+        return self._places.without_snapshots()
+
     # --- giving back ---
 
     async def release(self, reference: Reference) -> None:
@@ -280,13 +357,17 @@ class Refcounts:
         if delta < 0 and not reference.is_table:
             await self._refuse_metadata(cluster, reference.clusters, "named by an L2 entry")
         while cluster < end:
-            if cluster >> self._layout.block_bits >= len(self._table):
-                raise self._damage.report(f"host cluster {cluster} is beyond the refcount table")
-            found = await self._load(cluster)
-            if found is None:
-                raise self._damage.report(f"host cluster {cluster} has no refcount block")
+            found = await self._load_counted(cluster)
             first = cluster % self._slice_entries
             stop = min(first + end - cluster, self._slice_entries)
+            common = None
+            if delta < 0 and stop - first > 1:
+                common = self._width.common(found.words, first, stop)
+            if common is not None and common > 1:  # all at once, and none becomes free
+                self._width.fill(found.words, first, stop, common + delta)
+                self._mark(found, first, stop - first)
+                cluster += stop - first
+                continue
             for index in range(first, stop):
                 count = self._add_one(found, index, cluster - first + index, delta)
                 if not count and reference.discard and self._pass_discard:

@@ -47,6 +47,19 @@ class RefcountWidth:
         word = index >> self._in_byte
         words[word] = words[word] & ~(self._value_mask << shift) | value << shift
 
+    def common(self, words: array[int], first: int, stop: int) -> int | None:
+        """The count that all entries of `[first, stop)` have. None if they differ, and where they
+        are narrower than a byte."""
+        run = words[first:stop]
+        if self._in_byte or run != array(self.typecode, run[:1]) * len(run):
+            return None
+        return run[0]
+
+    def fill(self, words: array[int], first: int, stop: int, value: int) -> None:
+        """Set all entries of `[first, stop)`; they are a byte or wider."""
+        assert not self._in_byte
+        words[first:stop] = array(self.typecode, (value,)) * (stop - first)
+
     def set_ones(self, words: array[int], first: int, count: int) -> None:
         """Count 1 for a run of clusters that are being allocated."""
         if not self._in_byte:

@@ -2,14 +2,15 @@
 """Making the virtual disk larger or smaller.
 
 **Larger.** What is new must read as zeroes: the rest of the last cluster, which may hold anything,
-and what a longer backing file would show there. Both are zeroed first; then the L1 table moves if
-it has too few entries, its new place complete before the header names it; the size comes last. A
-crash on the way leaves the old disk.
+what a longer backing file would show there, and a machine state of QEMU's behind the disk's end (it
+lies there in L1 entries of its own, once QEMU has gone to a snapshot that has one). All are zeroed
+first; then the L1 table moves if it has too few entries, its new place complete before the header
+names it; the size comes last. A crash on the way leaves the old disk.
 
-**Smaller.** The clusters behind the new end are let go of, and so are L2 tables that map nothing
-else; the size changes when that is durable. So a disk that grows again later finds nothing there,
-and after a crash on the way the disk has its old size and lacks some of what was to be cut off. The
-L1 table keeps its place and its length.
+**Smaller.** The clusters behind the new end are let go of, a machine state included, and so are L2
+tables that map nothing else; the size changes when that is durable. So a disk that grows again
+later finds nothing there, and after a crash on the way the disk has its old size and lacks some of
+what was to be cut off. The L1 table keeps its place and its length.
 """
 
 from __future__ import annotations
@@ -38,16 +39,20 @@ async def resize(image: Image, length: int, *, preallocation: str) -> None:
         raise io_error(errno.EINVAL, f"{image.name}: {length} is no multiple of {SECTOR}")
     if preallocation != "off":
         raise io_error(errno.ENOTSUP, f"{image.name}: preallocation on resize")
+    if length == image.guest_writer.disk_bytes:
+        return
+    if image.header.version == 2 and image.header.nb_snapshots:
+        # Their entries need not say which size the disk had.
+        raise io_error(errno.ENOTSUP, f"{image.name}: resizing version 2 with snapshots")
     if length < image.guest_writer.disk_bytes:
         await _shrink(image, length)
-    elif length > image.guest_writer.disk_bytes:
+    else:
         await _grow(image, length)
 
 
 async def _shrink(image: Image, length: int) -> None:
-    old = image.guest_writer.disk_bytes
     size = image.layout.cluster_size
-    end = div_up(old, size)
+    end = max(div_up(image.guest_writer.disk_bytes, size), _mapped_end(image))
     held = await image.locks.exclusive(0, end - 1)
     try:
         await image.eraser.forget(div_up(length, size), end)
@@ -58,6 +63,15 @@ async def _shrink(image: Image, length: int) -> None:
         image.guest_writer.disk_bytes = length
     finally:
         image.locks.release(held)
+
+
+def _mapped_end(image: Image) -> int:
+    """Behind the last guest cluster that an L2 table maps, which a machine state may have."""
+    words = image.l1.words
+    tables = len(words)
+    while tables and not words[tables - 1]:
+        tables -= 1
+    return tables << image.layout.l2_bits
 
 
 def _forget_l2_tables(image: Image, first: int) -> None:
@@ -100,6 +114,11 @@ async def _zero_new(image: Image, old: int, new: int) -> None:
     if backing is not None and backing.length_bytes > cluster_end:
         end = min(new, backing.length_bytes)
         await image.eraser.zero(cluster_end, end - cluster_end, may_unmap=True)
+    covered = 1 << (image.layout.cluster_bits + image.layout.l2_bits)
+    for index in range(image.layout.l1_entries(old), image.layout.l1_entries(new)):
+        if image.l1.words[index]:
+            end = min((index + 1) * covered, new)
+            await image.eraser.zero(index * covered, end - index * covered, may_unmap=True)
 
 
 async def _grow_l1(image: Image, entries: int) -> None:

@@ -34,6 +34,8 @@ BURST_MAX = 12
 PAUSE_NS = 100_000
 # How far a disk may grow beyond what the clients know.
 GROWTH_MAX = 600 * KIB
+# Snapshots of ours that an image has at once.
+SNAPSHOTS_MAX = 3
 # Pieces in which a drained section moves data.
 PART_BYTES = 64 * KIB
 
@@ -50,6 +52,8 @@ class Graph:
     # Beyond the bytes that clients know: what the device holds there.
     tail: bytearray = field(default_factory=bytearray)
     counts: Counter[str] = field(default_factory=Counter)
+    # Snapshots that we have made, and what the image held then, where that is known.
+    snapshots: dict[str, bytes | None] = field(default_factory=dict)
     # The verb that is under way, and since when.
     doing: str = ""
     since: float = 0.0
@@ -238,8 +242,11 @@ async def invalidate(graph: Graph) -> None:
     for direct_map in graph.maps():
         pins, twin = direct_map._generation, direct_map._native
         serial = twin.serial if twin is not None else 0
+        was_pinned = pins.count > 0  # else new requests join that generation, and may
         await direct_map.invalidate(*graph.anything())
-        if pins.count or (twin is not None and lib.direct_map_oldest(twin.cdata) <= serial):
+        if (was_pinned and pins.count) or (
+            twin is not None and lib.direct_map_oldest(twin.cdata) <= serial
+        ):
             raise Wrong("requests of the old meaning are under way after an invalidation")
     if graph.fmt == "raw" and graph.rng.random() < 0.5:
         await drop_map(graph)
@@ -307,6 +314,55 @@ async def _check_tail(graph: Graph) -> None:
         await graph.backend.preadv(graph.length, view)
     if found != graph.tail:
         raise Wrong("bytes behind those that clients know are wrong")
+
+
+# --- snapshots ---
+
+
+async def change_snapshots(graph: Graph) -> None:
+    """They are made and deleted while clients write, or while the image is drained."""
+    if graph.fmt != "qcow2":
+        return
+    driver, kept, rng = graph.image.driver, graph.snapshots, graph.rng
+    if kept and (len(kept) >= SNAPSHOTS_MAX or rng.random() < 0.4):
+        name = rng.choice(list(kept))
+        await driver.snapshot_delete(name)
+        del kept[name]
+        return
+    name, content = f"verb{graph.counts.total()}", None
+    if rng.random() < 0.5:
+        async with DrainedSection(graph.image):
+            content = await read(graph.image, 0, graph.image.length_bytes)
+            await driver.snapshot_create(name)
+    else:
+        await driver.snapshot_create(name)
+    kept[name] = content
+
+
+async def visit_snapshot(graph: Graph) -> None:
+    """The image goes back, is written to and returns, and nobody sees it."""
+    if not graph.snapshots:
+        return
+    node, driver, rng = graph.image, graph.image.driver, graph.rng
+    async with DrainedSection(node):
+        before = await read(node, 0, node.length_bytes)
+        await driver.snapshot_create("now")
+        name = rng.choice(list(graph.snapshots))
+        await driver.snapshot_apply(name)
+        content = graph.snapshots[name]
+        if content is not None and content != await read(node, 0, node.length_bytes):
+            raise Wrong(f"snapshot {name} has changed")
+        await node.pwritev(rng.randrange(graph.length - PART_BYTES), bytes_of(PART_BYTES))
+        await pass_time(rng)
+        await driver.snapshot_apply("now")
+        await driver.snapshot_delete("now")
+        if before != await read(node, 0, node.length_bytes):
+            raise Wrong("the disk isn't what it was when it returned from a snapshot")
+
+
+def bytes_of(length: int) -> memoryview:
+    """Something that is nowhere on the disk."""
+    return memoryview(b"gone" * (length // 4))
 
 
 # --- a user of the graph beside the clients ---
@@ -411,6 +467,8 @@ VERBS: tuple[Callable[[Graph], Awaitable[None]], ...] = (
     toggle_filter,
     resize,
     use_tail,
+    change_snapshots,
+    visit_snapshot,
     write,
     write_zeroes,
     discard,

@@ -34,3 +34,8 @@ def test_a_thread_without_a_name_is_refused() -> None:
 def test_unmapping_detected_zeroes_without_discards_is_refused() -> None:
     with pytest.raises(DaemonError, match="--detect-zeroes unmap: goes with --discard unmap only"):
         serve_config(["disk.raw"], discard="ignore", detect_zeroes="unmap")
+
+
+def test_a_snapshot_is_served_for_reading_only() -> None:
+    (image,) = serve_config(["disk.qcow2"], snapshot="before").images
+    assert (image.read_only, image.snapshot) == (True, "before")

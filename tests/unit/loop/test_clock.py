@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from blockemu.loop import AioContext, ClockType, HostClock, MonotonicClock, VirtualClock
+from blockemu.loop.clock import local_time_text
 
 
 def test_virtual_clock_starts_at_zero_and_moves_only_when_told() -> None:
@@ -48,3 +51,13 @@ def test_context_without_a_clock_tells_the_host_time() -> None:
     ctx = AioContext()
     assert abs(ctx.now_ns(ClockType.HOST) - HostClock().now_ns()) < 10**10
     ctx.close()
+
+
+def test_local_time_is_of_the_machines_zone(monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        monkeypatch.setenv("TZ", "XYZ-2")  # two hours ahead
+        time.tzset()
+        assert local_time_text(1_709_243_999) == "2024-02-29 23:59:59"
+    finally:
+        monkeypatch.undo()
+        time.tzset()

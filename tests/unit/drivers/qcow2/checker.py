@@ -34,7 +34,20 @@ class Checker:
         self.references: Counter[int] = Counter()
         self.corruptions: list[str] = []
         self.leaks: list[int] = []
+        self.stale: list[str] = []
+        """Of the corruptions, COPIED flags that aren't what the refcount says but do no harm:
+        clear, or set on what has one reference and a leak."""
+        self._wrong_flags: list[tuple[str, int, bool]] = []
         self._check()
+        for message, cluster, is_set in self._wrong_flags:
+            if not is_set or self.references[cluster] == 1:
+                self.stale.append(message)
+
+    @property
+    def harmful(self) -> list[str]:
+        """The corruptions that are any."""
+        stale = set(self.stale)
+        return [message for message in self.corruptions if message not in stale]
 
     def words(self, offset: int, count: int) -> tuple[int, ...]:
         data = bytes(self.image[offset : offset + 8 * count]).ljust(8 * count, b"\0")
@@ -115,26 +128,48 @@ class Checker:
             self.references[cluster] += 1
 
     def _check_copied(self, entry: int, what: str, *, active: bool) -> None:
-        if active and bool(entry & COPIED) != (self.refcount((entry & OFFSET) >> self.bits) == 1):
-            self.corruptions.append(f"{what} {entry:#x}: COPIED is wrong")
+        cluster = (entry & OFFSET) >> self.bits
+        if active and bool(entry & COPIED) != (self.refcount(cluster) == 1):
+            message = f"{what} {entry:#x}: COPIED is wrong"
+            self.corruptions.append(message)
+            self._wrong_flags.append((message, cluster, bool(entry & COPIED)))
 
     def read(self) -> bytes:
         """What the guest sees, the backing file taken for zeroes."""
-        found = bytearray(self.disk_bytes)
-        for index, entry in enumerate(self.words(*self.l1)):
+        return self._read(self.l1, self.disk_bytes)
+
+    def snapshot_contents(self) -> dict[str, bytes]:
+        """By name: what the guest saw then."""
+        found = {}
+        offset, count = self.snapshots
+        for _ in range(count):
+            l1, entries, id_length, name_length = struct.unpack_from(">QIHH", self.image, offset)
+            (extra,) = struct.unpack_from(">I", self.image, offset + 36)
+            (size,) = struct.unpack_from(">Q", self.image, offset + 48)
+            start = offset + 40 + extra + id_length
+            name = bytes(self.image[start : start + name_length]).decode()
+            found[name] = self._read((l1, entries), size)
+            offset += -(-(40 + extra + id_length + name_length) // 8) * 8
+        return found
+
+    def _read(self, l1: tuple[int, int], disk_bytes: int) -> bytes:
+        found = bytearray(disk_bytes)
+        for index, entry in enumerate(self.words(*l1)):
             if entry & OFFSET:
                 table = self.words(entry & OFFSET, self.size // 8)
                 for position, word in enumerate(table):
                     guest = (index * self.size // 8 + position) << self.bits
+                    if guest >= disk_bytes:
+                        break
                     if word & COMPRESSED:
                         start, end = self._compressed(word)
                         packed = bytes(self.image[start:end])
                         data = zlib.decompressobj(-12).decompress(packed, self.size)
                         assert len(data) == self.size, f"guest cluster at {guest:#x} is short"
-                        found[guest : guest + self.size] = data[: self.disk_bytes - guest]
+                        found[guest : guest + self.size] = data[: disk_bytes - guest]
                     elif word & OFFSET and not (word & 1 and self.version == 3):
                         host = word & OFFSET
-                        length = min(self.size, self.disk_bytes - guest)
+                        length = min(self.size, disk_bytes - guest)
                         data = bytes(self.image[host : host + length])
                         found[guest : guest + len(data)] = data
         return bytes(found)

@@ -51,6 +51,28 @@ def test_runs_and_searches_agree_with_a_list(order: int, data: st.DataObject) ->
     assert width.free_run(words, start, stop) == used - start
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@given(data=st.data())
+def test_common_value_is_found_and_filled_in(order: int, data: st.DataObject) -> None:
+    width = RefcountWidth(order)
+    words = words_of(width)
+    entries = width.entries(SLICE)
+    first = data.draw(st.integers(0, entries - 1))
+    stop = data.draw(st.integers(first + 1, entries))
+    other = data.draw(st.integers(0, entries - 1))
+    assert width.common(words, first, stop) == (0 if order >= 3 else None)
+    width.set(words, other, 1)
+    alone = other == first and stop == first + 1
+    if order < 3 or (first <= other < stop and not alone):
+        assert width.common(words, first, stop) is None
+        return
+    assert width.common(words, first, stop) == int(alone)
+    width.fill(words, first, stop, 200)
+    found = [width.get(words, index) for index in range(entries)]
+    assert found[first:stop] == [200] * (stop - first)
+    assert sum(found) - 200 * (stop - first) == (0 if first <= other < stop else 1)
+
+
 def test_bit_0_is_the_least_significant_of_its_byte() -> None:
     width = RefcountWidth(0)
     words = words_of(width)

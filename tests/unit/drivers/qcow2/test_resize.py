@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.peers.qemu import QemuImg, QemuIo, run_tool
 from tests.unit.drivers.qcow2.support import KIB, MIB, Images
 
 
@@ -102,4 +103,30 @@ def test_disk_beyond_the_format_is_refused(images: Images) -> None:
     with pytest.raises(OSError) as caught:
         disk.ctx.run(disk.node.truncate(1 << 40))
     assert caught.value.errno == errno.EFBIG
+    assert disk.node.length_bytes == MIB
+
+
+def test_machine_state_behind_the_end_does_not_show_on_a_grown_disk(
+    images: Images, tmp_path: Path
+) -> None:
+    """QEMU keeps a machine state in L1 entries behind the disk's. A disk that grew over them had
+    the state's bytes for its own."""
+    source = QemuImg.create(tmp_path / "source", MIB, options={"cluster_size": 512})
+    QemuIo(source, fmt="qcow2").run("write -P 1 0 1M", "write -b -P 2 0 300k")
+    images.load("image", source)
+    disk = images.open("image")
+    disk.ctx.run(disk.node.truncate(2 * MIB))
+    assert disk.read(0, 2 * MIB) == b"\1" * MIB + bytes(MIB)
+    disk.close()
+    images.check("image", tmp_path)
+
+
+def test_version_2_with_snapshots_is_not_resized(images: Images, tmp_path: Path) -> None:
+    source = QemuImg.create(tmp_path / "source", MIB, options={"compat": "0.10"})
+    run_tool(["qemu-img", "snapshot", "-c", "s", source])
+    images.load("image", source)
+    disk = images.open("image")
+    with pytest.raises(OSError, match="resizing version 2 with snapshots") as caught:
+        disk.ctx.run(disk.node.truncate(2 * MIB))
+    assert caught.value.errno == errno.ENOTSUP
     assert disk.node.length_bytes == MIB
