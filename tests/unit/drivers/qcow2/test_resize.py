@@ -130,3 +130,32 @@ def test_version_2_with_snapshots_is_not_resized(images: Images, tmp_path: Path)
         disk.ctx.run(disk.node.truncate(2 * MIB))
     assert caught.value.errno == errno.ENOTSUP
     assert disk.node.length_bytes == MIB
+
+
+def test_disk_that_shrinks_lets_go_of_the_machine_state_too(images: Images, tmp_path: Path) -> None:
+    """Its L2 tables went with the disk's; what their entries named would have leaked."""
+    source = QemuImg.create(tmp_path / "source", MIB, options={"cluster_size": 512})
+    QemuIo(source, fmt="qcow2").run("write -P 1 0 1M", "write -b -P 2 0 300k")
+    images.load("image", source)
+    disk = images.open("image")
+    disk.ctx.run(disk.node.truncate(MIB // 2))
+    assert disk.read(0, MIB // 2) == b"\1" * (MIB // 2)
+    disk.close()
+    images.check("image", tmp_path)
+
+
+def test_disk_that_shrinks_leaves_a_snapshot_whole(images: Images, tmp_path: Path) -> None:
+    images.create("image", MIB, cluster_size=512)
+    disk = images.open("image")
+    disk.write(0, b"\1" * MIB)
+    disk.ctx.run(disk.driver.snapshot_create("before"))
+    disk.ctx.run(disk.node.truncate(100 * KIB))
+    disk.write(0, b"\2" * 512)
+    disk.close()
+    images.check("image", tmp_path)
+    disk = images.open("image")
+    disk.ctx.run(disk.driver.snapshot_apply("before"))
+    assert disk.node.length_bytes == MIB
+    assert disk.read(0, MIB) == b"\1" * MIB
+    disk.close()
+    images.check("image", tmp_path)
