@@ -107,6 +107,11 @@ class BlockDriver(ABC):
         return 1
 
     @property
+    def cluster_size(self) -> int:
+        """Bytes that the format allocates at once, and compresses; 1 where it does neither."""
+        return 1
+
+    @property
     @abstractmethod
     def length_bytes(self) -> int:
         """Size of the device in bytes, now."""

@@ -6,6 +6,9 @@ read, look for zeroes, write. So several reads and writes are under way at once,
 first. Writes are begun in the disk's order all the same, unless the plan lets them go: a new qcow2
 image then has its clusters in that order, too.
 
+Compressed clusters are written whole, so pieces then begin and end between clusters of the target,
+with what is unlike inside a cluster in one piece.
+
 What is known to be zeroes is never read. Whether it is written depends on the target: a new image
 reads as zeroes already.
 """
@@ -45,7 +48,9 @@ class ConvertPlan:
     `target_is_blank`: the target has no data of its own, so it reads as zeroes, or as its backing
     file. `keep_backing`: its backing file shows what the sources' backing files do, so only what
     lies above those is copied. `sparse_bytes`: runs of so many zero bytes inside data are left out;
-    0: everything is written, zeroes too. Each source begins at a whole sector.
+    0: everything is written, zeroes too. `compressed`: clusters are stored compressed, where that
+    makes them smaller. Each source begins at a whole sector, and if `compressed` in a whole cluster
+    of the target.
     """
 
     sources: Sequence[BlockBackend]
@@ -55,6 +60,12 @@ class ConvertPlan:
     sparse_bytes: int = 4096
     requests_max: int = 8
     in_order: bool = True
+    compressed: bool = False
+
+    @property
+    def granule_bytes(self) -> int:
+        """What pieces begin and end at multiples of, but for the end."""
+        return self.target.node.driver.cluster_size if self.compressed else 1
 
     @property
     def length_bytes(self) -> int:
@@ -91,6 +102,7 @@ class ConvertJob(Job):
         super().__init__(job_id, ctx=plan.target.ctx, **kwargs)
         assert 1 <= plan.requests_max <= REQUESTS_MAX
         self._plan = plan
+        self._granule = plan.granule_bytes
         self._on_progress = on_progress
         backing = backing_node(plan.target.node)
         self._backing_bytes = 0 if backing is None else backing.length_bytes
@@ -165,7 +177,7 @@ class ConvertJob(Job):
             if not view:
                 await self._write_zeroes(piece.start, piece.length)
             elif not plan.sparse_bytes:
-                await plan.target.pwritev(piece.start, view)
+                await self._write_data(piece.start, view)
             else:
                 await self._write_sparsely(piece.start, view)
         except OSError as error:
@@ -173,12 +185,25 @@ class ConvertJob(Job):
 
     async def _write_sparsely(self, start: int, view: memoryview) -> None:
         plan = self._plan
-        for run in zero_and_data_runs(view, offset=start, granule=plan.sparse_bytes):
+        granule = self._granule if plan.compressed else plan.sparse_bytes
+        for run in zero_and_data_runs(view, offset=start, granule=granule):
             if not run.is_zero:
                 part = view[run.start : run.start + run.length]
-                await plan.target.pwritev(start + run.start, part)
+                await self._write_data(start + run.start, part)
             elif not self._shows_zeroes(start + run.start):
                 await self._write_zeroes(start + run.start, run.length)
+
+    async def _write_data(self, start: int, view: memoryview) -> None:
+        target = self._plan.target
+        if not self._plan.compressed:
+            await target.pwritev(start, view)
+            return
+        end = start + len(view)
+        odd = 0 if end == target.length_bytes else end % self._granule
+        if len(view) > odd:
+            await target.pwritev(start, view[: len(view) - odd], RequestFlags.WRITE_COMPRESSED)
+        if odd:  # the rest of that cluster isn't ours to change
+            await target.pwritev(end - odd, view[len(view) - odd :])
 
     async def _write_zeroes(self, start: int, length: int) -> None:
         await self._plan.target.pwrite_zeroes(start, length, RequestFlags.MAY_UNMAP)
@@ -213,19 +238,28 @@ class ConvertJob(Job):
             self._known = await self._status(source, offset, rest)
             self._known_until = start + self._known.length
         status, length = self._known, self._known_until - start
+        whole = length if length >= rest else length - length % self._granule
+        if not whole:  # not all of this cluster is alike
+            return self._data_piece(source, offset, self._granule, rest)
+        length = whole
         if status.zero and plan.sparse_bytes:
             if self._shows_zeroes(start):
                 self._walk_past(length)
                 return None
             if start < self._backing_bytes:
-                length = min(length, self._backing_bytes - start)
+                clusters = -(-(self._backing_bytes - start) // self._granule)
+                length = min(length, clusters * self._granule)
             length = min(length, ZERO_BYTES_MAX)
             self._walked += length
             return Piece(self._serial, start, length)
         if plan.keep_backing and not status.allocated and not status.zero:
             self._walk_past(length)
             return None
-        length = min(length, PIECE_BYTES - start % PIECE_BYTES)
+        return self._data_piece(source, offset, length, rest)
+
+    def _data_piece(self, source: BlockBackend, offset: int, length: int, rest: int) -> Piece:
+        start = self._walked
+        length = min(length, rest, PIECE_BYTES - start % PIECE_BYTES)
         self._walked += length
         return Piece(self._serial, start, length, source, offset)
 

@@ -15,6 +15,7 @@ EPILOG = """
 Examples:
   blockemu img convert -f raw -O qcow2 disk.raw disk.qcow2
   blockemu img convert -p -f qcow2 -O raw -S 64k disk.qcow2 disk.raw
+  blockemu img convert -c -f raw -O qcow2 -o compression_type=zstd disk.raw disk.qcow2
   blockemu img convert -n -W -f qcow2 -O raw disk.qcow2 /dev/vg/disk
 """
 
@@ -67,6 +68,7 @@ Examples:
     show_default=True,
     help="How many pieces are under way at once.",
 )
+@click.option("-c", "--compress", is_flag=True, help="Store clusters of DST compressed (qcow2).")
 @click.option("-W", "--out-of-order", is_flag=True, help="Write pieces in any order.")
 @cache_option("-t", "target_cache", default="unsafe", what="writing")
 @cache_option("-T", "source_cache", default="writeback", what="reading")
@@ -86,6 +88,7 @@ def convert(
     target_is_zero: bool,
     sparse_bytes: int,
     requests_max: int,
+    compress: bool,
     out_of_order: bool,
     target_cache: str,
     source_cache: str,
@@ -117,6 +120,7 @@ def convert(
         sparse_bytes=sparse_bytes,
         requests_max=requests_max,
         in_order=not out_of_order,
+        compressed=compress,
         source_cache=source_cache,
         target_cache=target_cache,
         force_share=force_share,

@@ -51,6 +51,7 @@ class ConvertRequest:
     sparse_bytes: int = 4096
     requests_max: int = 8
     in_order: bool = True
+    compressed: bool = False
     source_cache: str = "writeback"
     target_cache: str = "unsafe"
     force_share: bool = False
@@ -129,6 +130,8 @@ async def _copy(
             raise ImageError(target.name, "has a backing file: --target-is-zero can't be true")
         if request.existing and request.backing_file is not None and not has_backing:
             raise ImageError(target.name, "has no backing file, so -B can't be true")
+        if request.compressed:
+            _check_compressible(target, sources)
         plan = ConvertPlan(
             sources=sources,
             target=target,
@@ -138,8 +141,23 @@ async def _copy(
             sparse_bytes=request.sparse_bytes,
             requests_max=request.requests_max,
             in_order=request.in_order,
+            compressed=request.compressed,
         )
         await finish(ConvertJob("convert", plan, main_ctx=opener.ctx, on_progress=progress))
+
+
+def _check_compressible(target: BlockBackend, sources: Sequence[BlockBackend]) -> None:
+    """Clusters of the target can be compressed, and each comes from one source, or ImageError."""
+    driver = target.node.driver
+    if not driver.supports_compressed_writes:
+        raise ImageError(target.name, f"format {driver.name} has no compression (-c)")
+    for source in sources[:-1]:
+        if sectors_up(source.length_bytes) % driver.cluster_size:
+            raise ImageError(
+                source.name,
+                f"has {source.length_bytes} bytes, and only the last source may end inside a "
+                f"cluster ({driver.cluster_size} bytes) of a compressed image",
+            )
 
 
 def _new_image_is_blank(target: BlockBackend) -> bool:

@@ -60,6 +60,33 @@ def test_copy_is_identical_and_as_sparse_as_theirs(
         assert our_copy.stat().st_size == their_copy.stat().st_size
 
 
+COMPRESSED = ["cluster_size=512", "compression_type=zstd", "cluster_size=2M", "compat=0.10"]
+
+
+@pytest.mark.parametrize("options", COMPRESSED)
+@pytest.mark.parametrize("name", SMALL)
+def test_compressed_copy_is_identical_and_no_larger_than_a_plain_one(
+    zoo: dict[str, Animal], tmp_path: Path, name: str, options: str
+) -> None:
+    source = zoo[name]
+    arguments = ["-f", source.fmt, "-O", "qcow2", "-o", options, str(source.path)]
+    packed, plain = tmp_path / "packed", tmp_path / "plain"
+    assert our_output("convert", "-c", *arguments, packed) == ""
+    assert_identical(source, packed, "qcow2")
+    our_output("convert", *arguments, plain)
+    assert packed.stat().st_size <= plain.stat().st_size
+
+
+def test_compressed_copy_into_a_longer_disk_keeps_what_is_behind_it(tmp_path: Path) -> None:
+    source, target, expected = (tmp_path / name for name in ("source", "target", "expected"))
+    source.write_bytes(b"\1" * 100_352)
+    expected.write_bytes(b"\1" * 100_352 + b"\2" * ((1 << 20) - 100_352))
+    (tmp_path / "twos").write_bytes(b"\2" * (1 << 20))
+    theirs("convert", "-f", "raw", "-O", "qcow2", tmp_path / "twos", target)
+    our_output("convert", "-c", "-n", "-f", "raw", "-O", "qcow2", source, target)
+    assert_identical(Animal(expected, "raw"), target, "qcow2")
+
+
 def test_huge_empty_image_is_copied_at_once(zoo: dict[str, Animal], tmp_path: Path) -> None:
     source, copy = zoo["qcow2-huge"], tmp_path / "copy"
     our_output("convert", "-f", "qcow2", "-O", "qcow2", source.path, copy)
@@ -199,6 +226,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("-O qcow2 -B none -F raw disk.raw x", "none: is the backing file of x: No such file"),
         ("-O raw -B disk.raw -F raw disk.raw x", "x: format raw has no backing files"),
         ("-n disk.raw x", "x: No such file or directory"),
+        ("-c disk.raw x", "x: format raw has no compression (-c)"),
+        ("-c -O qcow2 -o cluster_size=1M small.raw disk.raw x", "small.raw: has 524288 bytes, and"),
         ("-n disk.raw small.raw", "small.raw: has 524288 bytes, fewer than the 1048576"),
         ("-n -O qcow2 disk.raw small.raw", "small.raw: not a qcow2 image"),
         ("-n -o size=1M disk.raw small.raw", "small.raw: is not made anew (-n)"),
