@@ -60,6 +60,8 @@ class Image:
     eraser: GuestEraser
     locks: ClusterLocks
     mutex: Mutex
+    preallocated: bool | None = None
+    """Clusters may be holes in the file (preallocation.py); None until somebody asks."""
 
     @property
     def header(self) -> Header:
