@@ -34,12 +34,14 @@ RAW_PREALLOCATIONS = ("off", "falloc", "full")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewImage:
-    """What is to be made. `options` are the format's own, under qemu-img's names."""
+    """What is to be made. `options` are the format's own, under qemu-img's names; `cache` that of
+    the file's node: an image that need not outlive a power cut needn't be flushed."""
 
     path: str
     fmt: str
     size_bytes: int
     options: Mapping[str, Any] = field(default_factory=dict)
+    cache: Mapping[str, Any] = field(default_factory=dict)
 
 
 class CreateJob(Job):
@@ -70,7 +72,14 @@ class CreateJob(Job):
     async def _create(self, write_format: FormatWriter) -> None:
         path = self.image.path
         self._make_file(path)
-        node = await self._opener.open({"driver": "file", "filename": path, "aio": "threads"})
+        node = await self._opener.open(
+            {
+                "driver": "file",
+                "filename": path,
+                "aio": "threads",
+                "cache": dict(self.image.cache),
+            }
+        )
         try:
             backend = BlockBackend(path, node, writable=True)
         except BaseException:

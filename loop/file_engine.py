@@ -99,6 +99,13 @@ class HostFile(ABC):
     def size_bytes(self) -> int:
         """How long the file is at this moment. Context: any thread."""
 
+    def allocated_bytes(self) -> int:
+        """What the file takes of its filesystem, if that can be told; else its length.
+
+        Context: any thread.
+        """
+        return self.size_bytes()
+
     @abstractmethod
     def start_read(self, offset: int, view: memoryview, done: Done) -> int | None:
         """Reads into `view`; offset, length and memory are aligned.

@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from blockemu.loop import ofd_lock
 from blockemu.loop.blocking_io import (
@@ -29,6 +29,9 @@ from blockemu.loop.group_flush import GroupFlush
 
 T = TypeVar("T")
 
+STAT_BLOCK_BYTES: Final = 512
+"""What stat(2) counts a file's blocks in, whatever the filesystem's are."""
+
 
 class PosixFile(HostFile):
     """An open descriptor, which it owns."""
@@ -45,6 +48,11 @@ class PosixFile(HostFile):
         if self.is_block_device:
             return os.lseek(self._fd, 0, os.SEEK_END)
         return os.fstat(self._fd).st_size
+
+    def allocated_bytes(self) -> int:
+        if self.is_block_device:
+            return self.size_bytes()
+        return os.fstat(self._fd).st_blocks * STAT_BLOCK_BYTES
 
     async def flush(self) -> None:
         if not self.read_only:

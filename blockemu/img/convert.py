@@ -111,7 +111,7 @@ async def convert_opened(
     )  # fmt: skip
     existed = os.path.lexists(request.target)
     try:
-        await run_create(to_create, opener)
+        await run_create(to_create, opener, cache=request.target_cache)
         await _copy(opener, request, sources, progress)
     except BaseException:
         if not existed:

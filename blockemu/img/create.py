@@ -15,7 +15,7 @@ from blockemu.drivers.errors import ImageError
 from blockemu.drivers.options import parse_size
 from blockemu.drivers.registry import Opener
 from blockemu.img.options import OptionValue, format_options, formatting_line, parse_options
-from blockemu.img.session import finish
+from blockemu.img.session import CACHE_MODES, finish
 from blockemu.jobs.create import CreateJob, NewImage
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.host_file import FileEngine, PosixFiles
@@ -117,8 +117,9 @@ async def run_create(
     opener: Opener,
     *,
     announce: Callable[[str], None] = lambda line: None,
+    cache: str = "writeback",
 ) -> None:
-    """The create job for `request`, from its start to its end.
+    """The create job for `request`, from its start to its end. `cache`: see session.py.
 
     Context: the opener's. Suspends: while the job runs. Raises: ImageError.
     """
@@ -131,7 +132,13 @@ async def run_create(
     assert isinstance(size_bytes, int)
     job = CreateJob(
         "create",
-        NewImage(path=request.path, fmt=request.fmt, size_bytes=size_bytes, options=options),
+        NewImage(
+            path=request.path,
+            fmt=request.fmt,
+            size_bytes=size_bytes,
+            options=options,
+            cache=CACHE_MODES[cache],
+        ),
         opener=opener,
     )
     await finish(job)

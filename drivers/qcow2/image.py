@@ -66,6 +66,8 @@ class Image:
     mutex: Mutex
     mark: CorruptMark
     damage: DamageLog
+    preallocated: bool | None = None
+    """Clusters may be holes in the file (preallocation.py); None until somebody asks."""
 
     @property
     def header(self) -> Header:

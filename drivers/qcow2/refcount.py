@@ -104,6 +104,24 @@ class Refcounts:
             return 0
         return self._width.get(found.words, cluster % self._slice_entries)
 
+    async def has_used(self, count: int, *, before: int) -> bool:
+        """Whether at least `count` of the host clusters before `before` are counted.
+
+        Raises: OSError (EIO for a damaged table).
+        """
+        cluster = used = 0
+        while cluster < before and used < count:
+            if cluster >> self._layout.block_bits >= len(self._table):
+                break
+            found = await self._load(cluster)
+            if found is None:
+                cluster = (cluster | (self._layout.block_entries - 1)) + 1
+                continue
+            entries = min(self._slice_entries, before - cluster)
+            used += self._width.count_used(found.words, entries)
+            cluster += entries
+        return used >= count
+
     async def _load(self, cluster: int) -> Slice | None:
         """The slice that counts `cluster`; None where its block doesn't exist."""
         block = cluster >> self._layout.block_bits

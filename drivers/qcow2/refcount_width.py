@@ -39,6 +39,12 @@ class RefcountWidth:
         shift = (index & ((1 << self._in_byte) - 1)) << self._order
         return words[index >> self._in_byte] >> shift & self._value_mask
 
+    def count_used(self, words: array[int], stop: int) -> int:
+        """How many of the first `stop` entries don't count 0."""
+        if not self._in_byte:
+            return stop - words[:stop].count(0)
+        return sum(bool(self.get(words, index)) for index in range(stop))
+
     def set(self, words: array[int], index: int, value: int) -> None:
         if not self._in_byte:
             words[index] = value

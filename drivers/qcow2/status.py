@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from blockemu.drivers.driver import BlockStatus
 from blockemu.drivers.qcow2.cluster_map import Extent, Kind
+from blockemu.drivers.qcow2.preallocation import looks_preallocated
 
 if TYPE_CHECKING:
     from blockemu.drivers.qcow2.image import Image
@@ -29,7 +30,22 @@ async def block_status(image: Image, offset: int, length: int) -> BlockStatus:
         if not _continues(first, following, covered):
             break
         covered += following.length
-    return _describe(image, first, offset, covered)
+    status = _describe(image, first, offset, covered)
+    if first.kind is not Kind.DATA:
+        return status
+    if image.preallocated is None:
+        image.preallocated = await looks_preallocated(image)
+    return await _with_holes(image, status, first.host) if image.preallocated else status
+
+
+async def _with_holes(image: Image, status: BlockStatus, host: int) -> BlockStatus:
+    """What the file says of clusters that it may never have been given."""
+    child = image.file.child
+    inside = min(status.length, child.length_bytes - host)
+    if inside <= 0:
+        return status._replace(zero=True)
+    below = await child.block_status(host, inside)
+    return status._replace(length=below.length, zero=below.zero)
 
 
 def _continues(first: Extent, following: Extent, covered: int) -> bool:

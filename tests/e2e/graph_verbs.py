@@ -281,9 +281,11 @@ async def resize(graph: Graph) -> None:
         return
     node, tail, rng = graph.image, graph.tail, graph.rng
     grown = rng.choice([1, 511, 4096, 65536, rng.randint(1, 100_000)])
-    if len(tail) + grown > GROWTH_MAX or (graph.fmt == "raw" and rng.random() < 0.4):
+    if len(tail) + grown > GROWTH_MAX or rng.random() < 0.4:
         grown = -len(tail) if rng.random() < 0.5 else -rng.randint(0, len(tail))
-        if graph.fmt == "qcow2":
+    if graph.fmt == "qcow2":  # whole sectors
+        grown -= (graph.length + len(tail) + grown) % 512
+        if len(tail) + grown < 0:
             return
     async with DrainedSection(node):
         await node.truncate(graph.length + len(tail) + grown)

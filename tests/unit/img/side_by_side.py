@@ -105,6 +105,7 @@ def make_zoo(folder: Path) -> dict[str, Animal]:
     zoo["qcow2-empty"] = Animal(_create(folder / "empty.qcow2", "0"), "qcow2")
     zoo["qcow2-huge"] = Animal(_create(folder / "huge.qcow2", "1T"), "qcow2")
     zoo["qcow2-packed"] = _packed(folder, zoo["raw-sparse"])
+    zoo |= _preallocated(folder)
     zoo |= _chain(folder)
     return zoo
 
@@ -152,6 +153,17 @@ def _packed(folder: Path, source: Animal) -> Animal:
     return Animal(path, "qcow2")
 
 
+def _preallocated(folder: Path) -> dict[str, Animal]:
+    """All clusters are there; of those with preallocation=metadata, most are holes in the file."""
+    zoo = {}
+    for mode in ("metadata", "falloc"):
+        name = f"qcow2-{mode}"
+        path = _create(folder / f"{name}.qcow2", "4M", "-o", f"preallocation={mode}")
+        _io(path, "write -P 1 1M 100k", "write -P 2 2M 512", "write -z 3M 64k")
+        zoo[name] = Animal(path, "qcow2")
+    return zoo
+
+
 def _chain(folder: Path) -> dict[str, Animal]:
     """base <- middle <- top, each longer than the one below; and one over a raw image."""
     base, middle, top = (folder / f"{name}.qcow2" for name in ("base", "middle", "top"))
@@ -174,6 +186,6 @@ ZOO = (
     *("raw-sparse", "raw-full", "raw-odd-data", "raw-odd-hole", "raw-hole", "raw-tiny"),
     *("raw-empty", "qcow2-512-1.1", "qcow2-4096-0.10", "qcow2-65536-0.10", "qcow2-65536-1.1"),
     *("qcow2-2M", "qcow2-new", "qcow2-empty", "qcow2-huge", "qcow2-packed", "chain"),
-    "chain-over-raw",
+    *("chain-over-raw", "qcow2-metadata", "qcow2-falloc"),
 )
 """The names in `make_zoo`, for parameters of tests."""

@@ -15,6 +15,7 @@ from blockemu.jobs.create import CreateJob, NewImage
 from blockemu.jobs.job import JobCancelled
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.host_file import PosixFiles
+from blockemu.loop.memory_file import MemoryFiles
 
 
 @pytest.fixture
@@ -139,3 +140,16 @@ def test_image_that_is_open_is_refused_and_kept(opener: Opener, tmp_path: Path) 
         run(opener, path, "raw", 1 << 20)
     opener.ctx.run(node.close())
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("no_flush", [False, True])
+def test_image_that_may_be_lost_is_not_flushed(no_flush: bool) -> None:
+    ctx = AioContext("main")
+    ctx.adopt()
+    files = MemoryFiles()
+    image = NewImage(path="x", fmt="qcow2", size_bytes=1 << 20, cache={"no-flush": no_flush})
+    job = CreateJob("c", image, opener=Opener(files=files, ctx=ctx))
+    job.start()
+    ctx.run(job.wait())
+    assert bool(files.images["x"].operations("flush")) != no_flush
+    ctx.close()

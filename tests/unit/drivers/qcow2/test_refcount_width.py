@@ -47,6 +47,7 @@ def test_runs_and_searches_agree_with_a_list(order: int, data: st.DataObject) ->
     start, stop = data.draw(bounds)
     free = next((index for index in range(start, stop) if not model[index]), -1)
     assert width.find_free(words, start, stop) == free
+    assert width.count_used(words, stop) == sum(bool(count) for count in model[:stop])
     used = next((index for index in range(start, stop) if model[index]), stop)
     assert width.free_run(words, start, stop) == used - start
 
