@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import click
 
+from blockemu.cli.img_check import check
 from blockemu.cli.img_create import create
 from blockemu.cli.img_info import info
 
@@ -13,6 +14,7 @@ EPILOG = """
 Examples:
   blockemu img create -f qcow2 -o cluster_size=64k disk.qcow2 10G
   blockemu img info --output json disk.qcow2
+  blockemu img check disk.qcow2
 """
 
 
@@ -22,5 +24,6 @@ def img() -> None:
     """Make and describe disk images: qemu-img's subcommands, with its options and output."""
 
 
+img.add_command(check)
 img.add_command(create)
 img.add_command(info)

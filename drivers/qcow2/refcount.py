@@ -165,7 +165,7 @@ class Refcounts:
         if found is not None:
             raise self._damage.report(
                 f"host cluster {found} is in use for metadata but {claim};"
-                f" repair the image with: qemu-img check -r all {self._file.name}"
+                f" repair the image with: blockemu img check -r all {self._file.name}"
             )
 
     def _take(self, first: int, count: int) -> bool:
