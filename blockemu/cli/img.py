@@ -6,6 +6,7 @@ from __future__ import annotations
 import click
 
 from blockemu.cli.img_bench import bench
+from blockemu.cli.img_check import check
 from blockemu.cli.img_compare import compare
 from blockemu.cli.img_convert import convert
 from blockemu.cli.img_create import create
@@ -22,6 +23,7 @@ Examples:
   blockemu img create -f qcow2 -o cluster_size=64k disk.qcow2 10G
   blockemu img info --output json disk.qcow2
   blockemu img snapshot -c before-upgrade disk.qcow2
+  blockemu img check disk.qcow2
 """
 
 
@@ -34,6 +36,7 @@ def img() -> None:
 img.add_command(bench)
 img.add_command(compare)
 img.add_command(convert)
+img.add_command(check)
 img.add_command(create)
 img.add_command(dd)
 img.add_command(info)

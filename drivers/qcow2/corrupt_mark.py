@@ -60,7 +60,7 @@ class CorruptMark:
         self.is_set = True
         log.error(
             "%s: is read-only from now on, since its metadata is damaged; "
-            "repair it with: qemu-img check -r all %s", self._name, self._name,
+            "repair it with: blockemu img check -r all %s", self._name, self._name,
         )  # fmt: skip
         await settled(running_context().spawn(self._set(), name="corrupt mark"))
 

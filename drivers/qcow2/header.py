@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from blockemu.drivers.errors import ImageError
-from blockemu.drivers.qcow2.features import CORRUPT, DIRTY, SUPPORTED, feature_names
+from blockemu.drivers.qcow2.features import CORRUPT, SUPPORTED, feature_names
 from blockemu.drivers.qcow2.layout import (
     BACKING_NAME_MAX,
     CLUSTER_BITS_MAX,
@@ -301,11 +301,10 @@ def check_tables(name: str, header: Header, *, file_bytes: int) -> None:
 
 
 def check_writable(name: str, header: Header) -> None:
-    """Refuse to write to an image whose metadata isn't known to be right. Raises: ImageError."""
-    repair = f"repair it with: qemu-img check -r all {name}"
+    """Refuse to write to an image that is known to be damaged. Raises: ImageError."""
     if header.incompatible_features & CORRUPT:
-        raise ImageError(name, f"the image is marked corrupt; open it read-only, or {repair}")
-    if header.incompatible_features & DIRTY:
         raise ImageError(
-            name, f"the image was not closed cleanly and its refcounts may be wrong; {repair}"
+            name,
+            "the image is marked corrupt; open it read-only, or repair it with: "
+            f"blockemu img check -r all {name}",
         )

@@ -58,6 +58,18 @@ class HeaderFile:
             self.header.autoclear_features = 0
             await self._write()
 
+    async def keep_autoclear(self, known: int) -> None:
+        """The caller keeps the data of the autoclear features `known` right, no others."""
+        if self.header.autoclear_features & ~known:
+            self.header.autoclear_features &= known
+            await self._write()
+
+    async def clear_incompatible(self, features: int) -> None:
+        """Take incompatible feature bits off, if they are set."""
+        if self.header.incompatible_features & features:
+            self.header.incompatible_features &= ~features
+            await self._write()
+
     async def move_refcount_table(self, *, offset: int, clusters: int) -> None:
         self.header.refcount_table_offset = offset
         self.header.refcount_table_clusters = clusters

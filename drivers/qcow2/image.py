@@ -19,6 +19,7 @@ from blockemu.drivers.qcow2.cluster_map import ClusterMap
 from blockemu.drivers.qcow2.compression import compressor, decompressor
 from blockemu.drivers.qcow2.corrupt_mark import CorruptMark
 from blockemu.drivers.qcow2.damage import DamageLog
+from blockemu.drivers.qcow2.features import DIRTY
 from blockemu.drivers.qcow2.guest_compress import GuestCompressor
 from blockemu.drivers.qcow2.guest_erase import GuestEraser
 from blockemu.drivers.qcow2.guest_read import GuestReader
@@ -31,6 +32,7 @@ from blockemu.drivers.qcow2.metadata_writer import MetadataWriter
 from blockemu.drivers.qcow2.packed_space import PackedSpace
 from blockemu.drivers.qcow2.refcount import Refcounts
 from blockemu.drivers.qcow2.refcount_width import RefcountWidth
+from blockemu.drivers.qcow2.repair import repair_dirty
 from blockemu.drivers.qcow2.root_table import ENTRY_BYTES, RootTable
 from blockemu.drivers.qcow2.table_cache import TableCache, words_from
 from blockemu.loop.sync import Mutex
@@ -109,11 +111,16 @@ async def open_image(
     options: Options,
     buffers: Callable[[], BufferPool],
 ) -> Image:
-    """Judge and read the root tables, and put the parts together. Raises: ImageError."""
-    if not read_only:
-        check_writable(name, header)
+    """Judge and read the root tables, and put the parts together. Raises: ImageError.
+
+    An image that wasn't closed (DIRTY) is repaired first, if it is to be written.
+    """
     layout = header.layout
     file = ImageFile(child, cluster_size=layout.cluster_size, name=name)
+    if not read_only:
+        check_writable(name, header)
+        if header.incompatible_features & DIRTY:
+            await repair_dirty(name, header, file)
     check_tables(name, header, file_bytes=file.length)
     try:
         l1 = await _read_root(file, header.l1_table_offset, header.l1_size)

@@ -94,10 +94,10 @@ def test_missing_backing_file_is_refused_by_name(images: Images) -> None:
         images.open("image", read_only=True)
 
 
-def test_dirty_image_is_read_but_not_written(images: Images) -> None:
+def test_corrupt_image_is_read_but_not_written(images: Images) -> None:
     image = images.create("image", MIB)
-    put(image.content, 72, 1)
-    assert "qemu-img check -r all" in refusal(images, read_only=False)
+    put(image.content, 72, 2)
+    assert "blockemu img check -r all" in refusal(images, read_only=False)
     assert images.open("image", read_only=True).read(0, 512) == bytes(512)
 
 

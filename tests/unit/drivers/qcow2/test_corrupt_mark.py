@@ -100,7 +100,7 @@ def test_line_in_the_log_says_what_to_do(images: Images, caplog: pytest.LogCaptu
     assert all(line.startswith("image: ") for line in lines)
     assert "in use for metadata but counted as free" in lines[0]
     assert "read-only from now on" in lines[1]
-    assert "qemu-img check -r all image" in lines[1]
+    assert "blockemu img check -r all image" in lines[1]
 
 
 def test_marked_image_is_opened_for_reading_only(images: Images) -> None:
@@ -108,7 +108,7 @@ def test_marked_image_is_opened_for_reading_only(images: Images) -> None:
     disk = images.open("image")
     meet_the_damage(disk)
     disk.close()
-    with pytest.raises(ImageError, match=r"marked corrupt.*qemu-img check -r all image"):
+    with pytest.raises(ImageError, match=r"marked corrupt.*blockemu img check -r all image"):
         images.open("image")
     again = images.open("image", read_only=True)
     assert again.read(CLUSTER, CLUSTER) == b"c" * CLUSTER

@@ -161,12 +161,11 @@ def test_tables_that_the_file_cannot_hold_are_refused(fields: dict[str, int], wo
     assert words in caught.value.reason
 
 
-@pytest.mark.parametrize(("bit", "words"), [(0, "not closed cleanly"), (1, "marked corrupt")])
-def test_dirty_or_corrupt_image_is_not_written(bit: int, words: str) -> None:
+def test_corrupt_image_is_not_written() -> None:
     with pytest.raises(ImageError) as caught:
-        check_writable("image", header(incompatible_features=1 << bit))
-    assert words in caught.value.reason
-    assert "qemu-img check -r all image" in caught.value.reason
+        check_writable("image", header(incompatible_features=1 << 1))
+    assert "marked corrupt" in caught.value.reason
+    assert "blockemu img check -r all image" in caught.value.reason
 
 
 def test_header_that_outgrows_its_cluster_is_refused() -> None:
