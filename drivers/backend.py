@@ -31,11 +31,15 @@ class BlockBackend:
     Raises: ImageError, when another parent of the node forbids this one.
     """
 
-    def __init__(self, name: str, node: BlockDriverState, *, writable: bool) -> None:
+    def __init__(
+        self, name: str, node: BlockDriverState, *, writable: bool, resizable: bool = False
+    ) -> None:
         perm = Permission.CONSISTENT_READ
         shared = Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED
         if writable:
             perm |= Permission.WRITE
+        if resizable:
+            perm |= Permission.RESIZE
         self.name = name
         self.writable = writable
         self.root = BdrvChild(
@@ -108,6 +112,15 @@ class BlockBackend:
         """All acknowledged writes reach stable storage. Raises: OSError."""
         await self._enter(0, 0)
         await self.node.flush()
+
+    async def truncate(self, length: int, *, preallocation: str = "off") -> None:
+        """Change the device's size; only of a backend that was made `resizable`. Raises: OSError.
+
+        Nothing may be in flight behind the new end.
+        """
+        assert self.root.perm & Permission.RESIZE, self
+        await self._enter(0, 0, write=True)
+        await self.node.truncate(length, preallocation=preallocation)
 
     async def block_status(self, offset: int, length: int) -> BlockStatus:
         """What the bytes from `offset` are, in the root node's own layer."""

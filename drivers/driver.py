@@ -47,7 +47,8 @@ class BlockStatus(NamedTuple):
 
     `allocated` False means that this layer doesn't hold them and its backing file shows through;
     `zero` that they read as zeroes; `data` that they take space in this layer. `host_offset` is
-    where they lie in `file` when they lie there unchanged.
+    where they lie in `file` when they lie there unchanged. `depth` is 0 in an answer about one
+    layer; chain_status.py counts by it the backing files down to the layer that it speaks of.
     """
 
     length: int
@@ -56,6 +57,7 @@ class BlockStatus(NamedTuple):
     allocated: bool = True
     host_offset: int | None = None
     file: str | None = None
+    depth: int = 0
 
 
 class BlockDriver(ABC):
@@ -139,6 +141,14 @@ class BlockDriver(ABC):
     async def truncate(self, length: int, *, preallocation: str = "off") -> None:
         """Change the size to `length` bytes. Raises: OSError(ENOTSUP) where it can't be."""
         raise io_error(errno.ENOTSUP, f"driver {self.name} can't be resized")
+
+    async def change_backing_file(self, filename: str | None, fmt: str | None) -> None:
+        """Have the image name another backing file, or none, from its next open on.
+
+        Durable when this returns; a crash leaves the old names or the new ones.
+        Raises: OSError(ENOTSUP), where the format has none; ImageError, where the name doesn't fit.
+        """
+        raise io_error(errno.ENOTSUP, f"format {self.name} has no backing files")
 
     async def close(self) -> None:
         """Let go of everything. The node is quiet and flushed; children are closed by the node."""

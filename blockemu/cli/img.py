@@ -7,6 +7,7 @@ import click
 
 from blockemu.cli.img_create import create
 from blockemu.cli.img_info import info
+from blockemu.cli.img_rebase import rebase
 
 EPILOG = """
 \b
@@ -24,3 +25,4 @@ def img() -> None:
 
 img.add_command(create)
 img.add_command(info)
+img.add_command(rebase)

@@ -166,6 +166,10 @@ class Qcow2Driver(BlockDriver):
             self.image.reader.direct_map = None
             await resize.grow(self.image, length, preallocation=preallocation)
 
+    async def change_backing_file(self, filename: str | None, fmt: str | None) -> None:
+        await self.image.flush()  # what the new chain doesn't show must be here by then
+        await self.image.header_file.set_backing(filename, fmt)
+
     # --- life ---
 
     def _take_share(self, share: Share) -> int:
@@ -267,7 +271,7 @@ async def _open_backing(
         raise ImageError(
             name,
             f"doesn't say which format its backing file '{backing}' has, and guessing isn't safe; "
-            f"set it with: qemu-img rebase -u -b {backing} -F FORMAT {name}",
+            f"set it with: blockemu img rebase -u -b {backing} -F FORMAT {name}",
         )
     if fmt == "file":
         fmt = "raw"

@@ -97,6 +97,11 @@ class GuestEraser:
         last = end >> self._bits if end < self._guest_writer.disk_bytes else -(-end // self._size)
         await self._change(first, last, self._discarded, discard=True)
 
+    async def forget(self, first: int, last: int) -> None:
+        """Let go of guest clusters `[first, last)` without a trace: what their entries said, zero
+        flags included, is gone. For clusters that the disk is about to lose."""
+        await self._change(first, last, lambda word: 0, discard=True)
+
     # --- what becomes of an entry ---
 
     def _kept_zero(self, word: int) -> int:

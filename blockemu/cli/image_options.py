@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that several img subcommands have, spelled as qemu-img spells them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+CACHE_MODES = ("none", "writeback", "unsafe", "directsync", "writethrough")
+
+
+def output_option(function: F) -> F:
+    """--output human|json, handed in as `output`."""
+    return click.option(
+        "--output",
+        type=click.Choice(["human", "json"]),
+        default="human",
+        show_default=True,
+        help="How to print it.",
+    )(function)
+
+
+def force_share_option(function: F) -> F:
+    """-U, handed in as `force_share`."""
+    return click.option(
+        "-U",
+        "--force-share",
+        is_flag=True,
+        help="Read images that another process is writing; what is read may be stale.",
+    )(function)
+
+
+def quiet_option(function: F) -> F:
+    """-q, handed in as `quiet`."""
+    return click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")(function)
+
+
+def cache_option(name: str, parameter: str, *, default: str, what: str) -> Callable[[F], F]:
+    """-t or -T, handed in as `parameter`."""
+    return click.option(
+        name,
+        parameter,
+        type=click.Choice(CACHE_MODES),
+        default=default,
+        show_default=True,
+        help=f"How {what} goes through the host's cache; none goes past it (O_DIRECT).",
+    )
