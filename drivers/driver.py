@@ -150,6 +150,14 @@ class BlockDriver(ABC):
         """
         raise io_error(errno.ENOTSUP, f"format {self.name} has no backing files")
 
+    async def make_empty(self) -> None:
+        """Let go of all that this layer holds: its backing file shows through everywhere.
+
+        Durable when this returns; after a crash on the way, some of it is gone.
+        Raises: OSError(ENOTSUP), where the format has no backing files.
+        """
+        raise io_error(errno.ENOTSUP, f"format {self.name} has no backing files")
+
     async def close(self) -> None:
         """Let go of everything. The node is quiet and flushed; children are closed by the node."""
         return

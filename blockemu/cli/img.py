@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import click
 
+from blockemu.cli.img_commit import commit
 from blockemu.cli.img_create import create
 from blockemu.cli.img_info import info
 from blockemu.cli.img_rebase import rebase
@@ -23,6 +24,7 @@ def img() -> None:
     """Make and describe disk images: qemu-img's subcommands, with its options and output."""
 
 
+img.add_command(commit)
 img.add_command(create)
 img.add_command(info)
 img.add_command(rebase)

@@ -170,6 +170,17 @@ class Qcow2Driver(BlockDriver):
         await self.image.flush()  # what the new chain doesn't show must be here by then
         await self.image.header_file.set_backing(filename, fmt)
 
+    async def make_empty(self) -> None:
+        image = self.image
+        clusters = div_up(self.length_bytes, self.cluster_size)
+        if clusters:
+            held = await image.locks.exclusive(0, clusters - 1)
+            try:
+                await image.eraser.forget(0, clusters)
+            finally:
+                image.locks.release(held)
+        await image.flush()
+
     # --- life ---
 
     def _take_share(self, share: Share) -> int:
