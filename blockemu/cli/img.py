@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import click
 
+from blockemu.cli.img_amend import amend
 from blockemu.cli.img_commit import commit
 from blockemu.cli.img_create import create
 from blockemu.cli.img_info import info
@@ -24,6 +25,7 @@ def img() -> None:
     """Make and describe disk images: qemu-img's subcommands, with its options and output."""
 
 
+img.add_command(amend)
 img.add_command(commit)
 img.add_command(create)
 img.add_command(info)
