@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from blockemu.drivers.backend import BlockBackend
 from blockemu.drivers.errors import ImageError
@@ -19,6 +19,7 @@ from blockemu.img.session import finish, open_image, run_session
 from blockemu.jobs.commit import CommitJob
 
 if TYPE_CHECKING:
+    from blockemu.drivers.node import BlockDriverState
     from blockemu.drivers.registry import Opener
 
 FILE_OPTIONS = {"aio": "threads"}
@@ -59,7 +60,7 @@ async def _commit(
         opener, base_link.path, fmt=base_link.fmt, writable=True, resizable=True, aio="threads"
     )
     async with base_open as base:
-        node = await opener.open({**_cut_chain(opener, chain[:depth]), "read-only": drop})
+        node = await _open_cut_chain(opener, chain[:depth], read_only=drop)
         try:
             top = BlockBackend(request.path, node, writable=not drop)
         except BaseException:
@@ -87,11 +88,24 @@ def _find_base(opener: Opener, request: CommitRequest, chain: list[Link]) -> int
     raise ImageError(request.path, f"there is no '{request.base}' in its backing chain")
 
 
-def _cut_chain(opener: Opener, links: list[Link]) -> dict[str, Any]:
-    """Options for these images over each other, with nothing below the last one."""
-    below: dict[str, Any] | None = None
+async def _open_cut_chain(
+    opener: Opener, links: list[Link], *, read_only: bool
+) -> BlockDriverState:
+    """Open these images over each other, with nothing below the last one, the first for writing.
+
+    From below, since a chain may be longer than the interpreter's stack is deep.
+    """
+    below: BlockDriverState | None = None
     for link in reversed(links):
         options = opener.image_options(link.path, link.fmt, file_options=FILE_OPTIONS)
-        below = {**options, "read-only": True, "backing": below}
+        options["read-only"] = read_only or link is not links[0]
+        options["backing"] = None if below is None else below.node_name
+        try:
+            node = await opener.open(options)
+        except BaseException:
+            if below is not None and below.node_name in opener.nodes:
+                await below.close()
+            raise
+        below = node
     assert below is not None
     return below

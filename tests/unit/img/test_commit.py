@@ -102,6 +102,17 @@ def test_emptied_image_holds_nothing(tmp_path: Path) -> None:
     assert content(tmp_path / "base.raw", "raw")[: 256 * 1024] == b"\x07" * (256 * 1024)
 
 
+def test_long_chain_is_committed_down_to_its_base(tmp_path: Path) -> None:
+    QemuImg.create(tmp_path / "0", MIB, fmt="raw")
+    for number in range(1, 150):
+        fmt = "qcow2" if number > 1 else "raw"
+        names = ["-u", "-b", str(number - 1), "-F", fmt]
+        blockemu("img", "create", "-q", "-f", "qcow2", *names, str(number), "1M")
+    QemuIo(tmp_path / "3", fmt="qcow2").run("write -P 7 0 64k")
+    blockemu("img", "commit", "-q", "-f", "qcow2", "-b", "0", "149")
+    assert content(tmp_path / "0", "raw") == (b"\x07" * 64 * 1024).ljust(MIB, b"\0")
+
+
 def test_quiet_commit_says_nothing(tmp_path: Path) -> None:
     QemuImg.create(tmp_path / "base.raw", MIB, fmt="raw")
     QemuImg.create(tmp_path / "top.qcow2", None, backing=Path("base.raw"), backing_fmt="raw")
