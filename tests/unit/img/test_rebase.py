@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,29 @@ def test_relative_name_is_relative_to_the_image(tmp_path: Path) -> None:
     path = QemuImg.create(tmp_path / "made" / "top.qcow2", 64 * KIB)
     blockemu("img", "rebase", "-b", "base.raw", "-F", "raw", "made/top.qcow2")
     assert content(path) == bytes(64 * KIB)
+
+
+def test_backing_file_in_use_is_read_only_when_that_is_allowed(tmp_path: Path) -> None:
+    for name in ("old.raw", "new.raw"):
+        QemuImg.create(tmp_path / name, MIB, fmt="raw")
+    QemuImg.create(tmp_path / "top.qcow2", None, backing=Path("old.raw"), backing_fmt="raw")
+    command = ["rebase", "-f", "qcow2", "-b", "new.raw", "-F", "raw", "top.qcow2"]
+    for name in ("old.raw", "new.raw"):
+        with subprocess.Popen(
+            ["qemu-io", "-f", "raw", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as user:
+            assert user.stdin is not None
+            assert user.stdout is not None
+            user.stdin.write(b"length\n")
+            user.stdin.flush()
+            while b"1 MiB" not in user.stdout.readline():
+                pass
+            assert f"{name}: is the backing file of top.qcow2: is in use" in refusal(
+                "img", *command
+            )
+            blockemu("img", *command, "-U")
+            user.communicate(b"quit\n")
+        blockemu("img", "rebase", "-u", "-b", "old.raw", "-F", "raw", "top.qcow2")
 
 
 REFUSALS = {
