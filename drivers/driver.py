@@ -147,6 +147,22 @@ class BlockDriver(ABC):
         """Change the size to `length` bytes. Raises: OSError(ENOTSUP) where it can't be."""
         raise io_error(errno.ENOTSUP, f"driver {self.name} can't be resized")
 
+    async def change_backing_file(self, filename: str | None, fmt: str | None) -> None:
+        """Have the image name another backing file, or none, from its next open on.
+
+        Durable when this returns; a crash leaves the old names or the new ones.
+        Raises: OSError(ENOTSUP), where the format has none; ImageError, where the name doesn't fit.
+        """
+        raise io_error(errno.ENOTSUP, f"format {self.name} has no backing files")
+
+    async def make_empty(self) -> None:
+        """Let go of all that this layer holds: its backing file shows through everywhere.
+
+        Durable when this returns; after a crash on the way, some of it is gone.
+        Raises: OSError(ENOTSUP), where the format has no backing files.
+        """
+        raise io_error(errno.ENOTSUP, f"format {self.name} has no backing files")
+
     # Internal snapshots: the coroutines drain the node themselves, and aren't requests on it.
 
     async def snapshot_create(self, name: str) -> None:

@@ -222,6 +222,21 @@ class Qcow2Driver(BlockDriver):
             finally:
                 image.locks.release(held)
 
+    async def change_backing_file(self, filename: str | None, fmt: str | None) -> None:
+        await self.image.flush()  # what the new chain doesn't show must be here by then
+        await self.image.header_file.set_backing(filename, fmt)
+
+    async def make_empty(self) -> None:
+        image = self.image
+        clusters = div_up(self.length_bytes, self.cluster_size)
+        if clusters:
+            held = await image.locks.exclusive(0, clusters - 1)
+            try:
+                await image.eraser.forget(0, clusters)
+            finally:
+                image.locks.release(held)
+        await image.flush()
+
     # --- life ---
 
     def _take_share(self, share: Share) -> int:
@@ -373,7 +388,7 @@ async def _open_backing(
         raise ImageError(
             name,
             f"doesn't say which format its backing file '{backing}' has, and guessing isn't safe; "
-            f"set it with: qemu-img rebase -u -b {backing} -F FORMAT {name}",
+            f"set it with: blockemu img rebase -u -b {backing} -F FORMAT {name}",
         )
     if fmt == "file":
         fmt = "raw"

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The header in the file: read when an image is opened, changed in place while it is.
 
-Only the fixed fields are ever written anew. What follows them, extensions that we know or don't and
-the backing file's name, stays as it is, to the byte.
+Most changes write only the fixed fields anew. What follows them, extensions that we know or don't
+and the backing file's name, stays as it is, to the byte; they fit in one sector. `replace` writes
+all of it anew (header_rewrite.py), for tools: another backing file, another version.
 
-Every change here is rare, fits in one sector, and is durable when the call returns. What the new
-fields point to has to be durable before; that is the caller's part.
+Every change here is rare, and is durable when the call returns. What the new fields point to has to
+be durable before; that is the caller's part.
 """
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
-from blockemu.drivers.errors import ImageError
+from blockemu.drivers.errors import ImageError, io_error
 from blockemu.drivers.qcow2.features import CORRUPT
 from blockemu.drivers.qcow2.header import V2_LENGTH, Header, first_cluster_bytes, parse
+from blockemu.drivers.qcow2.header_rewrite import rewrite, with_backing
 from blockemu.drivers.qcow2.snapshot_table import SnapshotTable
 
 if TYPE_CHECKING:
@@ -51,6 +54,8 @@ class HeaderFile:
         self.snapshots = SnapshotTable()
         """The table that the header names."""
         self._file = file
+        self._lost = False
+        """A `replace` failed: which header is in the file isn't known."""
 
     async def clear_autoclear(self) -> None:
         """We know no autoclear feature's data, so we are about to make it stale: say so first."""
@@ -101,6 +106,31 @@ class HeaderFile:
             self.header.incompatible_features |= CORRUPT
             await self._write()
 
+    async def set_backing(self, filename: str | None, fmt: str | None) -> None:
+        """Name another backing file and its format, or none. What an open image reads through it
+        stays as it was; the name counts from the next open on.
+
+        Guarantees and errors: as `replace`.
+        """
+        await self.replace(with_backing(self._file.name, self.header, filename, fmt))
+
+    async def replace(self, header: Header) -> None:
+        """Put `header` in the place of this one, extensions and names included.
+
+        A power cut leaves the old header or the new one, never a mixture: one that fits in a sector
+        is switched by a single write, a longer one by way of a copy (header_rewrite.py).
+        Suspends: for I/O. Raises: ImageError, when it doesn't fit in the first cluster, and nothing
+        has changed; OSError: one of the two is in the file, and no header is written after that.
+        """
+        try:
+            await rewrite(self._file.name, self._file, header)
+        except OSError:
+            self._lost = True
+            raise
+        self.header = header
+
     async def _write(self) -> None:
+        if self._lost:
+            raise io_error(errno.EIO, f"{self._file.name}: an earlier change of the header failed")
         await self._file.write(0, self.header.fixed_fields())
         await self._file.flush()

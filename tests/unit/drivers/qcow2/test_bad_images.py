@@ -72,7 +72,7 @@ def test_backing_file_without_a_format_is_refused_with_advice(images: Images) ->
     image = images.create("image", MIB, backing_file="base", backing_fmt="raw")
     header = bytes(image.content[:CLUSTER])
     image.content[:CLUSTER] = header.replace(b"\xe2\x79\x2a\xca", b"\x12\x34\x56\x78")
-    assert "qemu-img rebase -u -b base -F FORMAT image" in refusal(images)
+    assert "blockemu img rebase -u -b base -F FORMAT image" in refusal(images)
 
 
 @pytest.mark.parametrize("name", ["json:{}", "nbd://host/", "ssh:x"])
