@@ -13,6 +13,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 CACHE_MODES = ("none", "writeback", "unsafe", "directsync", "writethrough")
 
 
+def format_option(function: F) -> F:
+    """-f, handed in as `fmt`."""
+    return click.option(
+        "-f",
+        "--format",
+        "fmt",
+        metavar="FORMAT",
+        help="Format of the image: raw or qcow2; without it, it is found out.",
+    )(function)
+
+
 def output_option(function: F) -> F:
     """--output human|json, handed in as `output`."""
     return click.option(

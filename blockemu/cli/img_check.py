@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import click
 
+from blockemu.cli.image_options import format_option, output_option, quiet_option
 from blockemu.cli.verbosity import verbose_option
 
 EPILOG = """
@@ -20,20 +21,8 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.option(
-    "-f",
-    "--format",
-    "fmt",
-    metavar="FORMAT",
-    help="Format of the image: raw or qcow2; without it, it is found out.",
-)
-@click.option(
-    "--output",
-    type=click.Choice(["human", "json"]),
-    default="human",
-    show_default=True,
-    help="How to print the result.",
-)
+@format_option
+@output_option
 @click.option(
     "-r",
     "--repair",
@@ -47,7 +36,7 @@ Examples:
     is_flag=True,
     help="Look at an image that another process is writing; what is found may be on its way.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@quiet_option
 @click.argument("filename", metavar="FILE")
 @click.help_option("-h", "--help")
 @verbose_option

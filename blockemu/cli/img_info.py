@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import click
 
+from blockemu.cli.image_options import format_option, output_option
 from blockemu.cli.verbosity import verbose_option
 
 EPILOG = """
@@ -16,20 +17,8 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.option(
-    "-f",
-    "--format",
-    "fmt",
-    metavar="FORMAT",
-    help="Format of the image: raw or qcow2; without it, it is found out.",
-)
-@click.option(
-    "--output",
-    type=click.Choice(["human", "json"]),
-    default="human",
-    show_default=True,
-    help="How to print it.",
-)
+@format_option
+@output_option
 @click.option(
     "-U",
     "--force-share",

@@ -7,7 +7,7 @@ import re
 
 import click
 
-from blockemu.cli.image_options import quiet_option
+from blockemu.cli.image_options import format_option, quiet_option
 from blockemu.cli.verbosity import verbose_option
 
 EPILOG = """
@@ -31,13 +31,7 @@ class SizeComesLast(click.Command):
 
 
 @click.command(cls=SizeComesLast, epilog=EPILOG)
-@click.option(
-    "-f",
-    "--format",
-    "fmt",
-    metavar="FORMAT",
-    help="Format of the image: raw or qcow2; without it, it is found out.",
-)
+@format_option
 @click.option(
     "--preallocation",
     type=click.Choice(["off", "metadata", "falloc", "full"]),

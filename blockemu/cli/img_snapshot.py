@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import click
 
+from blockemu.cli.image_options import format_option
 from blockemu.cli.verbosity import verbose_option
 
 EPILOG = """
@@ -39,13 +40,7 @@ Examples:
     metavar="SNAPSHOT",
     help="Delete this snapshot (a name, or else an id).",
 )
-@click.option(
-    "-f",
-    "--format",
-    "fmt",
-    metavar="FORMAT",
-    help="Format of the image: raw or qcow2; without it, it is found out.",
-)
+@format_option
 @click.option(
     "-U",
     "--force-share",

@@ -16,8 +16,8 @@ from blockemu.drivers.qcow2.findings import CheckResult, Say, say_nothing
 from blockemu.drivers.qcow2.repair import Repair, check_image
 from blockemu.drivers.registry import Opener
 from blockemu.img.info import guess_format
-from blockemu.loop.aio_context import AioContext
-from blockemu.loop.host_file import FileEngine, PosixFiles
+from blockemu.img.session import run_session
+from blockemu.loop.host_file import FileEngine
 
 if TYPE_CHECKING:
     from blockemu.drivers.node import BlockDriverState
@@ -67,18 +67,14 @@ def read_check(
     """Open the file at `path`, check the image in it, repair it, close it.
 
     `say` is told each finding. `force_share`: also while another process writes, which can make
-    findings of what is only under way; not with `repair`. Context: a thread without a loop; one is
-    made for the time being. Raises: ImageError, FormatHasNoCheck.
+    findings of what is only under way; not with `repair`. Context, and what an
+    interrupt does: as `run_session`. Raises: ImageError, FormatHasNoCheck.
     """
     if force_share and repair is not None:
         raise ImageError(path, "can't be repaired while others may use it (-U)")
-    ctx = AioContext("main")
-    ctx.adopt()
-    try:
-        opener = Opener(files=files or PosixFiles(), ctx=ctx)
-        return ctx.run(_read_check(opener, path, fmt, repair, force_share, say))
-    finally:
-        ctx.close()
+    return run_session(
+        lambda opener: _read_check(opener, path, fmt, repair, force_share, say), files=files
+    )
 
 
 async def _read_check(

@@ -15,10 +15,9 @@ from blockemu.drivers.errors import ImageError
 from blockemu.drivers.options import parse_size
 from blockemu.drivers.registry import Opener
 from blockemu.img.options import OptionValue, format_options, formatting_line, parse_options
-from blockemu.img.session import CACHE_MODES, finish
+from blockemu.img.session import CACHE_MODES, finish, run_session
 from blockemu.jobs.create import CreateJob, NewImage
-from blockemu.loop.aio_context import AioContext
-from blockemu.loop.host_file import FileEngine, PosixFiles
+from blockemu.loop.host_file import FileEngine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,15 +100,9 @@ def create_image(
 ) -> None:
     """Create the image. `announce` is handed qemu-img's "Formatting" line before it begins.
 
-    Context: a thread without a loop; one is made for the time being. Raises: ImageError.
+    Context, and what an interrupt does: as `run_session`. Raises: ImageError.
     """
-    ctx = AioContext("main")
-    ctx.adopt()
-    try:
-        opener = Opener(files=files or PosixFiles(), ctx=ctx)
-        ctx.run(run_create(request, opener, announce=announce))
-    finally:
-        ctx.close()
+    run_session(lambda opener: run_create(request, opener, announce=announce), files=files)
 
 
 async def run_create(

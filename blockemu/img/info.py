@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.registry import PROBE_BYTES, Opener
+from blockemu.img.session import run_session
 from blockemu.img.size import format_size
 from blockemu.img.snapshot_list import format_snapshots
-from blockemu.loop.aio_context import AioContext
-from blockemu.loop.host_file import FileEngine, PosixFiles
+from blockemu.loop.host_file import FileEngine
 
 if TYPE_CHECKING:
     from blockemu.drivers.node import BlockDriverState
@@ -43,16 +43,10 @@ def read_info(
 ) -> Facts:
     """Open the image at `path`, describe it, close it.
 
-    `force_share`: also when another process writes to it. Context: a thread without a loop; one is
-    made for the time being. Raises: ImageError.
+    `force_share`: also when another process writes to it. Context, and what an
+    interrupt does: as `run_session`. Raises: ImageError.
     """
-    ctx = AioContext("main")
-    ctx.adopt()
-    try:
-        opener = Opener(files=files or PosixFiles(), ctx=ctx)
-        return ctx.run(_read_info(opener, path, fmt, force_share))
-    finally:
-        ctx.close()
+    return run_session(lambda opener: _read_info(opener, path, fmt, force_share), files=files)
 
 
 async def _read_info(opener: Opener, path: str, fmt: str | None, force_share: bool) -> Facts:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.registry import Opener
 from blockemu.img.info import open_layer
-from blockemu.loop.aio_context import AioContext
-from blockemu.loop.host_file import FileEngine, PosixFiles
+from blockemu.img.session import run_session
+from blockemu.loop.host_file import FileEngine
 
 if TYPE_CHECKING:
     from blockemu.drivers.driver import BlockDriver
@@ -27,8 +27,8 @@ def list_snapshots(
 ) -> list[dict[str, Any]]:
     """SnapshotInfo of each, under QEMU's names; nothing for formats that have none.
 
-    `force_share`: also when another process writes to it. Context: a thread without a loop; one is
-    made for the time being. Raises: ImageError.
+    `force_share`: also when another process writes to it. Context, and what an
+    interrupt does: as `run_session`. Raises: ImageError.
     """
 
     async def work(opener: Opener) -> list[dict[str, Any]]:
@@ -39,8 +39,7 @@ def list_snapshots(
         finally:
             await node.close()
 
-    found: list[dict[str, Any]] = _run(work, files)
-    return found
+    return run_session(work, files=files)
 
 
 def create_snapshot(
@@ -75,13 +74,4 @@ def _change(path: str, change: Change, fmt: str | None, files: FileEngine | None
         finally:
             await node.close()
 
-    _run(work, files)
-
-
-def _run(work: Callable[[Opener], Any], files: FileEngine | None) -> Any:
-    ctx = AioContext("main")
-    ctx.adopt()
-    try:
-        return ctx.run(work(Opener(files=files or PosixFiles(), ctx=ctx)))
-    finally:
-        ctx.close()
+    run_session(work, files=files)
