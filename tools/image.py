@@ -172,8 +172,8 @@ def apt_proxies() -> str:
 def pip_mounts() -> list[str]:
     """What pip in the build needs to find what pip here finds, as SOURCE:TARGET.
 
-    Its settings as one file, the folders that they name, and the certificates that they name. These
-    are a copy under another name: a package in the build may rewrite the bundle of the usual name,
+    Its settings as one file, the folders that they name, and the files that they name. These are
+    copies under other names: a package in the build may rewrite the certificates of the usual name,
     and through a mount it would rewrite ours.
     """
     settings: dict[str, str] = {}
@@ -190,11 +190,15 @@ def pip_mounts() -> list[str]:
             if folder.is_absolute() and folder.is_dir() and folder != Path("/"):
                 mounts.append(f"{folder}:{folder}")
     WORK.mkdir(parents=True, exist_ok=True)
-    certificates = settings.get("cert")
-    if certificates is not None and Path(certificates).is_file():
-        shutil.copyfile(certificates, WORK / "pip-certificates.pem")
-        settings["cert"] = "/etc/pip-certificates.pem"
-        mounts.append(f"{WORK / 'pip-certificates.pem'}:{settings['cert']}")
+    for name, value in settings.items():
+        words = value.split()
+        for index, word in enumerate(words):
+            if Path(word).is_absolute() and Path(word).is_file():
+                copy = WORK / f"pip-{name}-{index}{Path(word).suffix}"
+                shutil.copyfile(word, copy)
+                words[index] = f"/etc/{copy.name}"
+                mounts.append(f"{copy}:{words[index]}")
+        settings[name] = " ".join(words)
     lines = [f"{name} = {value}\n" for name, value in settings.items()]
     (WORK / "pip.conf").write_text("".join(["[global]\n", *lines]))
     return [*mounts, f"{WORK / 'pip.conf'}:/etc/pip.conf"]
