@@ -278,16 +278,16 @@ class Qcow2Driver(BlockDriver):
         self.image.reader.direct_map = self._map_slot.map
 
     def _make_map(self) -> tuple[DirectMap, BlockDriverState] | None:
-        file = self.image.file
-        host = file.host_file
+        data = self.image.data
+        host = data.mapped_file
         if host is None or self.cluster_size < host.request_alignment:
             return None
         made = DirectMap(
             host, page_bits=self._bits, length=self.length_bytes, pages_max=self._pages_max
         )
         self.image.reader.direct_map = made
-        self.image.reader.maps_writes = self.node.maps_writes and file.child.node.maps_writes
-        return made, file.child.node
+        self.image.reader.maps_writes = self.node.maps_writes and data.node.maps_writes
+        return made, data.node
 
     def info(self) -> dict[str, Any]:
         header = self.image.header

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from blockemu.drivers.direct_map import DirectMap
     from blockemu.drivers.qcow2.compression import Decompressor
     from blockemu.drivers.qcow2.damage import DamageLog
+    from blockemu.drivers.qcow2.guest_data import GuestData
     from blockemu.drivers.qcow2.image_file import ImageFile
     from blockemu.drivers.qcow2.layout import Layout
 
@@ -42,6 +43,7 @@ class GuestReader:
         layout: Layout,
         *,
         file: ImageFile,
+        data: GuestData,
         clusters: ClusterMap,
         backing: BdrvChild | None,
         decompress: Decompressor,
@@ -54,6 +56,7 @@ class GuestReader:
         self._layout = layout
         self._mask = layout.cluster_size - 1
         self._file = file
+        self._data = data
         self._clusters = clusters
         self._decompress = decompress
         self._damage = damage
@@ -68,7 +71,7 @@ class GuestReader:
             extent = await self._clusters.resolve(offset, length)
         if extent.length == length:
             if extent.kind is Kind.DATA:
-                await self._file.read(extent.host, view)
+                await self._data.read(extent.host, view, offset)
                 self.publish(extent, offset)
             else:
                 await self._read_extent(extent, offset, view)
@@ -101,7 +104,7 @@ class GuestReader:
         end = min(offset + extent.length, guest + PUBLISH_MAX * size)
         writable = extent.writable and self.maps_writes
         publish = self.direct_map.publish
-        while guest < end and host + size <= self._file.length:
+        while guest < end and host + size <= self._data.length:
             publish(guest, host, writable=writable)
             guest += size
             host += size
@@ -113,7 +116,7 @@ class GuestReader:
     async def _read_extent(self, extent: Extent, offset: int, view: memoryview) -> None:
         kind = extent.kind
         if kind is Kind.DATA:
-            await self._file.read(extent.host, view)
+            await self._data.read(extent.host, view, offset)
             self.publish(extent, offset)
         elif kind is Kind.COMPRESSED:
             cluster = await self._unpack(extent.host)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """An open image: all the parts of this folder, put together over one file.
 
-Who needs whom, bottom up: `file` (image_file.py); the caches and root tables; the metadata writer,
-which writes them back in order; the refcounts; the cluster map; and on top those that do the
-guest's work: reader, writers (plain, compressed), eraser. `locks` keeps guest clusters apart,
-`mutex` the metadata: whoever allocates, creates or copies a table holds it.
+Who needs whom, bottom up: `file` (image_file.py), and through it `data` (guest_data.py); the
+caches and root tables; the metadata writer, which writes them back in order; the refcounts; the
+cluster map; and on top those that do the guest's work: reader, writers (plain, compressed), eraser.
+`locks` keeps guest clusters apart, `mutex` the metadata: whoever allocates, creates or copies a
+table holds it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from blockemu.drivers.qcow2.corrupt_mark import CorruptMark
 from blockemu.drivers.qcow2.damage import DamageLog
 from blockemu.drivers.qcow2.features import DIRTY
 from blockemu.drivers.qcow2.guest_compress import GuestCompressor
+from blockemu.drivers.qcow2.guest_data import GuestData
 from blockemu.drivers.qcow2.guest_erase import GuestEraser
 from blockemu.drivers.qcow2.guest_read import GuestReader
 from blockemu.drivers.qcow2.guest_write import GuestWriter
@@ -52,6 +54,7 @@ class Image:
     name: str
     layout: Layout
     file: ImageFile
+    data: GuestData
     header_file: HeaderFile
     l1: RootTable
     l2: TableCache
@@ -177,12 +180,13 @@ def _assemble(
         layout, file=file, l1=l1, l2=l2, refcounts=refcounts, writer=writer, damage=damage
     )
     mutex = Mutex()
+    data = GuestData(file)
     reader = GuestReader(
-        layout, file=file, clusters=clusters, backing=None,
+        layout, file=file, data=data, clusters=clusters, backing=None,
         decompress=decompressor(name, header.compression_type), damage=damage,
     )  # fmt: skip
     guest_writer = GuestWriter(
-        layout, file=file, clusters=clusters, refcounts=refcounts, writer=writer, reader=reader,
+        layout, data=data, clusters=clusters, refcounts=refcounts, writer=writer, reader=reader,
         mutex=mutex, buffers=buffers, disk_bytes=header.size,
     )  # fmt: skip
     eraser = GuestEraser(
@@ -197,7 +201,7 @@ def _assemble(
         compress=compressor(name, header.compression_type),
     )  # fmt: skip
     return Image(
-        name=name, layout=layout, file=file, header_file=header_file,
+        name=name, layout=layout, file=file, data=data, header_file=header_file,
         l1=l1, l2=l2, reftable=reftable, blocks=blocks, writer=writer,
         refcounts=refcounts, clusters=clusters, reader=reader, guest_writer=guest_writer,
         eraser=eraser, compressor=packer, locks=ClusterLocks(), mutex=mutex, mark=mark,
