@@ -87,6 +87,8 @@ class Qcow2Driver(BlockDriver):
                 buffers=lambda: node.ctx.buffers,
             )  # fmt: skip
             image.header_file.snapshots = snapshots
+            if not node.read_only:
+                await image.overlaps.places.read_inactive()
             image.reader.backing = await _open_backing(name, header, node, options, opener)
         except BaseException:
             share.release()
@@ -219,6 +221,7 @@ class Qcow2Driver(BlockDriver):
             try:
                 async with image.mutex:
                     yield
+                    await image.overlaps.places.read_inactive()
             finally:
                 image.locks.release(held)
 

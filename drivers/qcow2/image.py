@@ -30,7 +30,9 @@ from blockemu.drivers.qcow2.header import Header, check_tables, check_writable
 from blockemu.drivers.qcow2.header_file import HeaderFile
 from blockemu.drivers.qcow2.image_file import ImageFile
 from blockemu.drivers.qcow2.layout import Layout
+from blockemu.drivers.qcow2.metadata_places import MetadataPlaces
 from blockemu.drivers.qcow2.metadata_writer import MetadataWriter
+from blockemu.drivers.qcow2.overlap_check import OverlapCheck
 from blockemu.drivers.qcow2.packed_space import PackedSpace
 from blockemu.drivers.qcow2.refcount import Refcounts
 from blockemu.drivers.qcow2.refcount_width import RefcountWidth
@@ -70,6 +72,7 @@ class Image:
     locks: ClusterLocks
     mutex: Mutex
     mark: CorruptMark
+    overlaps: OverlapCheck
     damage: DamageLog
     preallocated: bool | None = None
     """Clusters may be holes in the file (preallocation.py); None until somebody asks."""
@@ -172,19 +175,27 @@ def _assemble(
         bytes_max=options.l2_cache_bytes, write_back=writer.write_back,
     )  # fmt: skip
     writer.attach(blocks=blocks, reftable=reftable, l2=l2, l1=l1)
+    places = MetadataPlaces(
+        layout, file=file, header=header_file, writer=writer, kinds=options.overlap_checks
+    )
+    overlaps = OverlapCheck(places, cluster_bits=layout.cluster_bits, damage=damage, mark=mark)
     refcounts = Refcounts(
         layout, file=file, cache=blocks, table=reftable, width=width, writer=writer,
-        header=header_file, damage=damage, mark=mark, pass_discard=options.pass_discard,
+        header=header_file, damage=damage, mark=mark, overlaps=overlaps,
+        pass_discard=options.pass_discard,
     )  # fmt: skip
     clusters = ClusterMap(
-        layout, file=file, l1=l1, l2=l2, refcounts=refcounts, writer=writer, damage=damage
-    )
+        layout, file=file, l1=l1, l2=l2, refcounts=refcounts, writer=writer, overlaps=overlaps,
+        damage=damage,
+    )  # fmt: skip
     mutex = Mutex()
-    data = GuestData(file)
+    data = GuestData(file, overlaps)
     reader = GuestReader(
         layout, file=file, data=data, clusters=clusters, backing=None,
         decompress=decompressor(name, header.compression_type), damage=damage,
     )  # fmt: skip
+    reader.used_end = lambda: refcounts.used_end
+    overlaps.is_mapped = reader.is_mapped
     guest_writer = GuestWriter(
         layout, data=data, clusters=clusters, refcounts=refcounts, writer=writer, reader=reader,
         mutex=mutex, buffers=buffers, disk_bytes=header.size,
@@ -205,5 +216,5 @@ def _assemble(
         l1=l1, l2=l2, reftable=reftable, blocks=blocks, writer=writer,
         refcounts=refcounts, clusters=clusters, reader=reader, guest_writer=guest_writer,
         eraser=eraser, compressor=packer, locks=ClusterLocks(), mutex=mutex, mark=mark,
-        damage=damage,
+        overlaps=overlaps, damage=damage,
     )  # fmt: skip
