@@ -6,7 +6,7 @@ behind), what they call free may be the header or a table in use, and to write g
 the end of the image. So before a cluster that was in the file when it was opened is taken, it is
 looked for among the places that are known without reading anything: the header, the L1 table and
 the L2 tables that it names, the refcount table and the blocks that it names, the snapshot table,
-the snapshots' L1 tables.
+the snapshots' L1 tables, the bitmap directory and the bitmaps' tables.
 A clash is damage: nothing is taken. So is a guest cluster that claims to lie in such a place, once
 it is let go: it isn't counted down, nor is its space discarded. After either the image is marked
 and written no more (corrupt_mark.py).
@@ -79,6 +79,7 @@ class MetadataPlaces:
             (l1.offset, len(l1) * ENTRY_BYTES),
             (reftable.offset, len(reftable) * ENTRY_BYTES),
             (self._header.snapshots.offset, self._header.snapshots.length),
+            *((offset, length) for _, offset, length in self._header.bitmaps.ranges()),
             *ranges,
         ):
             first = offset >> layout.cluster_bits
