@@ -190,6 +190,16 @@ class BlockDriver(ABC):
     # Dirty bitmaps that are kept in the image. The node has them (node.py) and records; this is how
     # the driver reads and keeps them. The coroutines drain the node themselves, where they must.
 
+    @property
+    def supports_bitmaps(self) -> bool:
+        """Whether the image can keep any."""
+        return False
+
+    @property
+    def stored_bitmaps(self) -> tuple[str, ...]:
+        """The names of those that it has, as it stands on the disk."""
+        return ()
+
     def check_new_bitmap(self, name: str, granularity: int) -> None:
         """Refuse a bitmap that couldn't be kept. Raises: ImageError."""
         raise self._no_bitmaps()

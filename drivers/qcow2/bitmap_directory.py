@@ -31,7 +31,7 @@ from blockemu.drivers.qcow2.header import EXTENSION_BITMAPS, Extension, Header
 from blockemu.drivers.qcow2.layout import div_up, round_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterable
     from typing import Any
 
     ReadInto = Callable[[int, memoryview], Coroutine[Any, Any, None]]
@@ -148,6 +148,18 @@ def table_entries(header: Header, *, granularity_bits: int) -> int:
     """How many clusters the bits of a bitmap of this image's disk take; at least one."""
     bits = bits_of(header.size, granularity_bits=granularity_bits)
     return max(div_up(div_up(bits, 8), header.cluster_size), 1)
+
+
+def space_bytes(disk_bytes: int, *, cluster_size: int, bitmaps: Iterable[tuple[str, int]]) -> int:
+    """What bitmaps (name, granularity) of a disk take of an image at most, the directory
+    included."""
+    clusters = directory = 0
+    for name, granularity in bitmaps:
+        bits = div_up(disk_bytes, granularity)
+        data = div_up(div_up(bits, 8), cluster_size)
+        clusters += data + div_up(data * 8, cluster_size)
+        directory += round_up(_ENTRY.size + len(encoded(name)), 8)
+    return (clusters + div_up(directory, cluster_size)) * cluster_size
 
 
 async def read_directory(

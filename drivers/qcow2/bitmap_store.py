@@ -125,7 +125,7 @@ class BitmapStore:
             self._room_bytes -= bits.bytes_bound
         bitmap = DirtyBitmap(
             entry.name, image.header.size, granularity=1 << entry.granularity_bits,
-            enabled=entry.auto and not self._node.read_only, persistent=True,
+            enabled=entry.auto, persistent=True,
             inconsistent=entry.in_use, bits=bits,
         )  # fmt: skip
         self._node.adopt_bitmap(bitmap)
@@ -158,6 +158,8 @@ class BitmapStore:
         image = self._image
         if image.header.version < 3:
             raise ImageError(image.name, "version 2 (compat=0.10) can't store bitmaps")
+        if not image.header.size:
+            raise ImageError(image.name, "a disk of 0 bytes can't have stored bitmaps")
         if len(encoded(name)) > NAME_BYTES_MAX:
             raise ImageError(image.name, f"a bitmap's name has at most {NAME_BYTES_MAX} bytes")
         bits = bits_of(image.header.size, granularity_bits=granularity.bit_length() - 1)

@@ -186,7 +186,7 @@ class Qcow2Driver(BlockDriver):
         return await status.block_status(self.image, offset, length)
 
     async def truncate(self, length: int, *, preallocation: str = "off") -> None:
-        await self._bitmaps_resizing()
+        await self._bitmaps_resizing(length)
         async with self._map_slot.shut():
             self.image.reader.direct_map = None
             await resize.resize(self.image, length, preallocation=preallocation)
@@ -250,13 +250,23 @@ class Qcow2Driver(BlockDriver):
         except OSError as error:
             raise ImageError.from_os_error(self.image.name, error) from error
 
-    async def _bitmaps_resizing(self) -> None:
+    async def _bitmaps_resizing(self, length: int) -> None:
         bitmaps = self.node.dirty_bitmaps.values()
+        if not length and any(bitmap.persistent for bitmap in bitmaps):
+            raise io_error(errno.ENOTSUP, f"{self.image.name}: 0 bytes can't have stored bitmaps")
         broken = next((bitmap for bitmap in bitmaps if bitmap.inconsistent), None)
         if broken is not None:
             reason = f"can't be resized while its bitmap '{broken.name}' is inconsistent: remove it"
             raise io_error(errno.ENOTSUP, f"{self.image.name}: {reason}")
         await self.bitmaps_changing(bitmaps)
+
+    @property
+    def supports_bitmaps(self) -> bool:
+        return self.image.header.version >= 3
+
+    @property
+    def stored_bitmaps(self) -> tuple[str, ...]:
+        return tuple(entry.name for entry in self.bitmaps.directory.entries)
 
     def check_new_bitmap(self, name: str, granularity: int) -> None:
         self.bitmaps.check_new(name, granularity)

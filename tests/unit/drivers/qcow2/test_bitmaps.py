@@ -216,6 +216,19 @@ def test_stored_bitmaps_end_writing(images: Images) -> None:
     assert listed(images) == {"b": (AUTO, [])}
 
 
+def test_disk_of_no_bytes_can_store_none(images: Images) -> None:
+    images.create("image", 0)
+    disk = images.open("image")
+    with pytest.raises(ImageError, match="0 bytes can't have stored bitmaps"):
+        add(disk, "b")
+    disk.ctx.run(disk.node.truncate(MIB))
+    add(disk, "b")
+    with pytest.raises(OSError, match="0 bytes can't have stored bitmaps"):
+        disk.ctx.run(disk.node.truncate(0))
+    disk.close()
+    assert listed(images) == {"b": (AUTO, [])}
+
+
 def test_version_2_can_store_none(images: Images) -> None:
     images.create("image", MIB, compat="0.10")
     disk = images.open("image")
