@@ -126,7 +126,7 @@ class Checker:
             )
             assert kind == 1
             start = offset + 24 + extra
-            name = bytes(self.image[start : start + name_length]).decode()
+            name = bytes(self.image[start : start + name_length]).decode(errors="surrogateescape")
             found.append((name, flags, 1 << bits, table, entries))
             offset += -(-(24 + extra + name_length) // 8) * 8
         assert offset == end
@@ -202,7 +202,7 @@ class Checker:
             (extra,) = struct.unpack_from(">I", self.image, offset + 36)
             (size,) = struct.unpack_from(">Q", self.image, offset + 48)
             start = offset + 40 + extra + id_length
-            name = bytes(self.image[start : start + name_length]).decode()
+            name = bytes(self.image[start : start + name_length]).decode(errors="surrogateescape")
             found[name] = self._read((l1, entries), size)
             offset += -(-(40 + extra + id_length + name_length) // 8) * 8
         return found
