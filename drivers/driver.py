@@ -224,7 +224,10 @@ class BlockDriver(ABC):
 
     def _no_bitmaps(self) -> ImageError:
         name = self.node.filename or self.node.node_name
-        return ImageError(name, f"format {self.name} can't store bitmaps")
+        return ImageError(
+            name,
+            f"Can't store persistent bitmaps to {self.node.node_name}: format {self.name} has none",
+        )
 
     async def close(self) -> None:
         """Let go of everything. The node is quiet and flushed; children are closed by the node."""
