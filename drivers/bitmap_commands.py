@@ -58,7 +58,7 @@ async def add(
         raise ImageError(node_label(node), f"Bitmap already exists: {name}")
     if persistent:
         _refuse_read_only(node, name)
-        node.driver.check_new_bitmap(name, granularity)
+        node.driver.prepare_bitmap(name, granularity)
     bitmap = DirtyBitmap(
         name, node.length_bytes, granularity=granularity, enabled=enabled, persistent=persistent
     )
