@@ -48,15 +48,17 @@ async def add(
         granularity = default_granularity(node.driver.cluster_size)
     is_power = granularity > 0 and not granularity & (granularity - 1)
     if not is_power or not GRANULARITY_MIN <= granularity <= GRANULARITY_MAX:
-        reason = "Granularity must be power of 2 and at least 512"
-        raise ImageError(node_label(node), f"{reason} (and at most 2 GiB)")
+        bound = " (and at most 2 GiB)" if granularity > GRANULARITY_MAX else ""
+        raise ImageError(
+            node_label(node), f"Granularity must be power of 2 and at least 512{bound}"
+        )
     if len(name.encode("utf-8", "surrogateescape")) > NAME_BYTES_MAX:
         raise ImageError(node_label(node), f"Bitmap name too long (at most {NAME_BYTES_MAX} bytes)")
     if await node.driver.load_bitmap(name) is not None:
         raise ImageError(node_label(node), f"Bitmap already exists: {name}")
     if persistent:
         _refuse_read_only(node, name)
-        node.driver.check_new_bitmap(name, granularity)
+        node.driver.prepare_bitmap(name, granularity)
     bitmap = DirtyBitmap(
         name, node.length_bytes, granularity=granularity, enabled=enabled, persistent=persistent
     )
@@ -115,19 +117,22 @@ async def disable(node: BlockDriverState, name: str) -> None:
     await node.set_recording(bitmap, enabled=False)
 
 
-async def merge(node: BlockDriverState, name: str, source: DirtyBitmap) -> None:
-    """What is dirty in `source`, of this node or another, is dirty in the bitmap, too.
+async def merge(node: BlockDriverState, name: str, *sources: DirtyBitmap) -> None:
+    """What is dirty in any of `sources`, of this node or others, is dirty in the bitmap, too.
 
-    Raises: ImageError; OSError.
+    Raises: ImageError; OSError; nothing has changed then.
     """
+    bitmap = await find(node, name)
+    for source in sources:
+        if bitmap.length_bytes != source.length_bytes:
+            raise ImageError(
+                node_label(node),
+                f"Bitmaps are of different sizes (destination size is {bitmap.length_bytes}, "
+                f"source size is {source.length_bytes}) and can't be merged",
+            )
     bitmap = await _find_to_change(node, name)
-    if bitmap.length_bytes != source.length_bytes:
-        raise ImageError(
-            node_label(node),
-            f"Bitmaps are of different sizes (destination size is {bitmap.length_bytes}, source "
-            f"size is {source.length_bytes}) and can't be merged",
-        )
-    bitmap.merge(source)
+    for source in sources:
+        bitmap.merge(source)
 
 
 async def _find_to_change(node: BlockDriverState, name: str) -> DirtyBitmap:

@@ -127,6 +127,14 @@ class DirtyBitmap:
         for offset, length in other.ranges():
             self.set(offset, length)
 
+    def copy(self) -> DirtyBitmap:
+        """Another one of the same content, which records nothing and belongs to no node."""
+        copied = DirtyBitmap(
+            self.name, self.length_bytes, granularity=self.granularity, enabled=False
+        )
+        copied.bits.merge(self.bits)
+        return copied
+
     def resize(self, length_bytes: int) -> None:
         """The disk's length has changed. What is new is clean."""
         self.changed = True

@@ -200,8 +200,9 @@ class BlockDriver(ABC):
         """The names of those that it has, as it stands on the disk."""
         return ()
 
-    def check_new_bitmap(self, name: str, granularity: int) -> None:
-        """Refuse a bitmap that couldn't be kept. Raises: ImageError."""
+    def prepare_bitmap(self, name: str, granularity: int) -> None:
+        """The node is about to have a new bitmap that is to be kept. Raises: ImageError: it can't
+        be."""
         raise self._no_bitmaps()
 
     async def load_bitmap(self, name: str) -> DirtyBitmap | None:
@@ -224,7 +225,10 @@ class BlockDriver(ABC):
 
     def _no_bitmaps(self) -> ImageError:
         name = self.node.filename or self.node.node_name
-        return ImageError(name, f"format {self.name} can't store bitmaps")
+        return ImageError(
+            name,
+            f"Can't store persistent bitmaps to {self.node.node_name}: format {self.name} has none",
+        )
 
     async def close(self) -> None:
         """Let go of everything. The node is quiet and flushed; children are closed by the node."""

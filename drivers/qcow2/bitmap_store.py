@@ -16,7 +16,9 @@ A crash leaves the old directory with its marks, or the new one. One that is fou
 inconsistent from then on: it is listed, kept as it is, and can be removed. QEMU marks those that
 don't record, too, as soon as the image is opened; ours stay good until somebody changes them.
 
-A mark is one word of a directory entry, and is set and taken off in place.
+A mark is one word of a directory entry, and is set and taken off in place. When the last step, the
+header or the marks, fails, nobody knows what the disk has: then the node refuses further writes,
+which a bitmap without a mark might lack.
 
 Opened read-only, all stays as it is, and bits are read when somebody asks for them.
 
@@ -74,20 +76,26 @@ class BitmapStore:
     def __init__(self, image: Image, node: BlockDriverState, share: Share) -> None:
         self._image = image
         self._node = node
-        bits = sum(self._bytes_of(entry) for entry in self.directory.entries)
+        self._share = share
         self._room_bytes = LOADED_BYTES_MAX
-        if bits:
-            least = min(bits, LOADED_BYTES_MAX)
-            share.reserve("bitmaps", bits, least_bytes=least)
-            share.parts["bitmaps"].used = self._bytes_used
+        self._reserve(sum(self._bytes_of(at.granularity_bits) for at in self.directory.entries))
 
     @property
     def directory(self) -> BitmapDirectory:
         return self._image.header_file.bitmaps
 
-    def _bytes_of(self, entry: BitmapEntry) -> int:
-        bits = bits_of(self._image.header.size, granularity_bits=entry.granularity_bits)
+    def _bytes_of(self, granularity_bits: int) -> int:
+        bits = bits_of(self._image.header.size, granularity_bits=granularity_bits)
         return round_up(bits // 8 + 1, CHUNK_BYTES)
+
+    def _reserve(self, wanted_bytes: int) -> None:
+        """More memory, for bitmaps that take so much when nothing in them is alike."""
+        part = self._share.parts.get("bitmaps")
+        if part is not None:
+            part.bytes_max += wanted_bytes
+        elif wanted_bytes:
+            self._share.reserve("bitmaps", wanted_bytes, least_bytes=wanted_bytes)
+            self._share.parts["bitmaps"].used = self._bytes_used
 
     def _bytes_used(self) -> int:
         return sum(bitmap.bits.bytes_bound for bitmap in self._node.dirty_bitmaps.values())
@@ -153,8 +161,8 @@ class BitmapStore:
 
     # --- while it is open ---
 
-    def check_new(self, name: str, granularity: int) -> None:
-        """Refuse a bitmap that couldn't be stored. Raises: ImageError."""
+    def prepare_new(self, name: str, granularity: int) -> None:
+        """Count on a new bitmap, or refuse one that couldn't be stored. Raises: ImageError."""
         image = self._image
         if image.header.version < 3:
             raise ImageError(image.name, "version 2 (compat=0.10) can't store bitmaps")
@@ -162,8 +170,8 @@ class BitmapStore:
             raise ImageError(image.name, "a disk of 0 bytes can't have stored bitmaps")
         if len(encoded(name)) > NAME_BYTES_MAX:
             raise ImageError(image.name, f"a bitmap's name has at most {NAME_BYTES_MAX} bytes")
-        bits = bits_of(image.header.size, granularity_bits=granularity.bit_length() - 1)
-        if bits > BITMAP_BYTES_MAX * 8:
+        taken_bytes = self._bytes_of(granularity.bit_length() - 1)
+        if taken_bytes > BITMAP_BYTES_MAX:
             raise ImageError(
                 image.name,
                 f"bitmap '{name}' would take more than 512 MiB: choose a larger granularity",
@@ -171,6 +179,7 @@ class BitmapStore:
         kept = sum(bitmap.persistent for bitmap in self._node.dirty_bitmaps.values())
         if kept >= BITMAPS_MAX:
             raise ImageError(image.name, f"has {BITMAPS_MAX} bitmaps, the most that there can be")
+        self._reserve(taken_bytes)
 
     async def changing(self, bitmaps: Iterable[DirtyBitmap]) -> None:
         """Their bits are about to change: mark them in the file, durably. Raises: OSError."""
@@ -186,14 +195,21 @@ class BitmapStore:
         image, directory = self._image, self.directory
         entries = list(directory.entries)
         writes = []
+        takes_off = False
         for index, offset in enumerate(directory.flag_offsets()):
             wanted = flags.get(entries[index].name, entries[index].flags)
             if wanted != entries[index].flags:
                 entries[index] = replace(entries[index], flags=wanted)
                 writes.append((offset, wanted.to_bytes(4, "big")))
+                takes_off |= not wanted & IN_USE
         if writes:
-            await image.file.write_all(writes)
-            await image.file.flush()
+            try:
+                await image.file.write_all(writes)
+                await image.file.flush()
+            except BaseException:
+                if takes_off:
+                    self._refuse_writes()
+                raise
             image.header_file.bitmaps = replace(directory, entries=tuple(entries))
 
     async def remove(self, name: str) -> None:
@@ -278,11 +294,18 @@ class BitmapStore:
         except ImageError:  # it doesn't fit; nothing has been written
             await bitmap_table.release(image, taken)
             raise
+        except BaseException:
+            self._refuse_writes()
+            raise
         clusters = div_up(before.length, image.layout.cluster_size)
         if clusters:
             first = before.offset >> image.layout.cluster_bits
             freed.append(Reference(first, clusters, is_table=True))
         await bitmap_table.release(image, freed)
+
+    def _refuse_writes(self) -> None:
+        name = self._image.name
+        self._node.refuse_writes(f"{name}: what its bitmaps are on the disk is not known")
 
     async def _places_of(self, entry: BitmapEntry) -> list[Reference]:
         """What is free without the entry; of a table that lies, nobody knows: that much leaks."""

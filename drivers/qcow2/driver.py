@@ -279,8 +279,8 @@ class Qcow2Driver(BlockDriver):
     def stored_bitmaps(self) -> tuple[str, ...]:
         return tuple(entry.name for entry in self.bitmaps.directory.entries)
 
-    def check_new_bitmap(self, name: str, granularity: int) -> None:
-        self.bitmaps.check_new(name, granularity)
+    def prepare_bitmap(self, name: str, granularity: int) -> None:
+        self.bitmaps.prepare_new(name, granularity)
 
     async def load_bitmap(self, name: str) -> DirtyBitmap | None:
         try:

@@ -103,7 +103,7 @@ def test_names_that_are_wrong_are_refused(ctx: AioContext) -> None:
     ):  # fmt: skip
         with pytest.raises(ImageError, match=reason):
             ctx.run(bitmap_commands.add(node, name, granularity=granularity))
-    with pytest.raises(ImageError, match="can't store bitmaps"):
+    with pytest.raises(ImageError, match="Can't store persistent bitmaps to scripted0"):
         ctx.run(bitmap_commands.add(node, "c", persistent=True))
     with pytest.raises(ImageError, match="'c' not found"):
         ctx.run(bitmap_commands.clear(node, "c"))

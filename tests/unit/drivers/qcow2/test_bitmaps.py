@@ -205,6 +205,45 @@ def test_full_disk_leaves_bitmaps_as_they_were(images: Images, tmp_path: Path) -
     images.check("image", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("work", "flush", "still_writes"),
+    [("remove", 1, True), ("remove", 2, False), ("store", 1, False)],
+    ids=["what-is-new", "header", "marks"],
+)
+def test_flush_that_fails_when_bitmaps_are_stored_ends_writing(
+    images: Images, tmp_path: Path, work: str, flush: int, still_writes: bool
+) -> None:
+    """But not before the disk may have what is new."""
+    images.create("image", MIB)
+    disk = images.open("image")
+    add(disk, "b")
+    add(disk, "c")
+    disk.close()
+    disk = images.open("image")
+    image, flushes = images["image"], 0
+
+    def fault(kind: str, offset: int, length: int) -> int | None:
+        nonlocal flushes
+        flushes += kind == "flush"
+        return errno.EIO if kind == "flush" and flushes >= flush else None
+
+    image.fault = fault
+    remove = bitmap_commands.remove(disk.node, "c")
+    change = remove if work == "remove" else disk.driver.store_bitmaps()
+    with pytest.raises(OSError, match="Input/output error"):
+        disk.ctx.run(change)
+    remove.close()
+    image.fault = None
+    if still_writes:
+        disk.write(0, b"x")
+    else:
+        with pytest.raises(OSError, match="bitmaps are on the disk is not known"):
+            disk.write(0, b"x")
+    disk.close()
+    verdict = QemuImg.check(images.save("image", tmp_path))
+    assert (verdict.corruptions, verdict.errors) == (0, 0), verdict.text
+
+
 def test_stored_bitmaps_end_writing(images: Images) -> None:
     images.create("image", MIB)
     disk = images.open("image")
@@ -261,6 +300,7 @@ def test_bitmaps_are_part_of_the_memory_of_an_image(
     add(disk, "b", granularity=512)
     disk.write(0, b"x")
     disk.write(255 * MIB, b"x")
+    assert disk.driver.metadata_share.parts["bitmaps"].used() == 2 * 4096
     disk.close()
     disk = images.open("image")
     part = disk.driver.metadata_share.parts["bitmaps"]
