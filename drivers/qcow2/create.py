@@ -8,6 +8,9 @@ Layout of what is made, each part contiguous, in clusters:
 The last two exist with preallocation only; data then is a hole (metadata), allocated by the host
 (falloc) or written (full). Everything counts 1. The header comes last, so that a creation that was
 cut short leaves no image.
+
+With extended L2 entries, preallocated clusters have their host cluster and no subcluster in it yet,
+as QEMU makes them: so a backing file shows through, and a device's old bytes don't.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from blockemu.drivers.driver import RequestFlags
 from blockemu.drivers.errors import ImageError
-from blockemu.drivers.qcow2.features import COMPRESSION, LAZY_REFCOUNTS, name_table
+from blockemu.drivers.qcow2.features import COMPRESSION, EXTENDED_L2, LAZY_REFCOUNTS, name_table
 from blockemu.drivers.qcow2.header import (
     EXTENSION_BACKING_FORMAT,
     EXTENSION_FEATURE_NAMES,
@@ -67,7 +70,7 @@ async def create(node: BlockDriverState, name: str, options: CreateOptions) -> N
     if plan.data > plan.l2:
         await _write_entries(
             node, plan.l2 * size, plan.data, options, entries=div_up(options.size_bytes, size),
-            table_bytes=(plan.data - plan.l2) * size,
+            table_bytes=(plan.data - plan.l2) * size, entry_bytes=options.layout.l2_entry_bytes,
         )  # fmt: skip
     await node.flush()
     await node.pwritev(0, memoryview(first_cluster + bytes(size - len(first_cluster))))
@@ -127,6 +130,8 @@ def _add_v3(header: Header, options: CreateOptions) -> None:
     if options.compression_type:
         header.incompatible_features |= COMPRESSION
         header.compression_type = options.compression_type
+    if options.layout.extended_l2:
+        header.incompatible_features |= EXTENDED_L2
     header.additional = bytes((options.compression_type,)).ljust(V3_LENGTH - V3_LENGTH_MIN, b"\0")
     names = Extension(EXTENSION_FEATURE_NAMES, name_table())
     # Helpful, not needed: the smallest clusters have no room for it beside a backing file's name.
@@ -197,13 +202,18 @@ async def _write_entries(
     *,
     entries: int,
     table_bytes: int,
+    entry_bytes: int = 8,
 ) -> None:
     """A table at `offset` whose `entries` name the clusters from `first` on; zeroes behind them."""
     bits = options.layout.cluster_bits
     for start in range(0, table_bytes, WRITE_BYTES):
         length = min(WRITE_BYTES, table_bytes - start)
-        low = first + min(start // 8, entries)
-        high = first + min((start + length) // 8, entries)
+        low = first + min(start // entry_bytes, entries)
+        high = first + min((start + length) // entry_bytes, entries)
         words = array("Q", (cluster << bits | COPIED for cluster in range(low, high)))
+        if entry_bytes > 8:  # extended L2 entries: each with an empty bitmap
+            both = array("Q", bytes(2 * 8 * len(words)))
+            both[::2] = words
+            words = both
         data = disk_bytes(words)
         await node.pwritev(offset + start, memoryview(data + bytes(length - len(data))))

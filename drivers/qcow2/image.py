@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.qcow2.cluster_lock import ClusterLocks
@@ -36,6 +36,10 @@ from blockemu.drivers.qcow2.refcount import Refcounts
 from blockemu.drivers.qcow2.refcount_width import RefcountWidth
 from blockemu.drivers.qcow2.repair import repair_dirty
 from blockemu.drivers.qcow2.root_table import ENTRY_BYTES, RootTable
+from blockemu.drivers.qcow2.subcluster_erase import SubclusterEraser
+from blockemu.drivers.qcow2.subcluster_map import ExtendedTableCache, SubclusterMap
+from blockemu.drivers.qcow2.subcluster_read import SubclusterReader
+from blockemu.drivers.qcow2.subcluster_write import SubclusterWriter
 from blockemu.drivers.qcow2.table_cache import TableCache, words_from
 from blockemu.loop.sync import Mutex
 
@@ -45,6 +49,22 @@ if TYPE_CHECKING:
     from blockemu.drivers.child import BdrvChild
     from blockemu.drivers.qcow2.options import Options
     from blockemu.loop.buffers import BufferPool
+
+
+class Parts(NamedTuple):
+    """The parts that differ with the form of L2 entries."""
+
+    l2_cache: type[TableCache] = TableCache
+    clusters: type[ClusterMap] = ClusterMap
+    reader: type[GuestReader] = GuestReader
+    guest_writer: type[GuestWriter] = GuestWriter
+    eraser: type[GuestEraser] = GuestEraser
+
+
+WHOLE_CLUSTER_PARTS = Parts()
+SUBCLUSTER_PARTS = Parts(
+    ExtendedTableCache, SubclusterMap, SubclusterReader, SubclusterWriter, SubclusterEraser
+)
 
 
 @dataclass(slots=True)
@@ -167,7 +187,8 @@ def _assemble(
         file, typecode=width.typecode, slice_bytes=options.slice_bytes,
         bytes_max=options.refcount_cache_bytes, write_back=writer.write_back,
     )  # fmt: skip
-    l2 = TableCache(
+    kinds = SUBCLUSTER_PARTS if layout.extended_l2 else WHOLE_CLUSTER_PARTS
+    l2 = kinds.l2_cache(
         file, typecode="Q", slice_bytes=options.slice_bytes,
         bytes_max=options.l2_cache_bytes, write_back=writer.write_back,
     )  # fmt: skip
@@ -176,20 +197,20 @@ def _assemble(
         layout, file=file, cache=blocks, table=reftable, width=width, writer=writer,
         header=header_file, damage=damage, mark=mark, pass_discard=options.pass_discard,
     )  # fmt: skip
-    clusters = ClusterMap(
+    clusters = kinds.clusters(
         layout, file=file, l1=l1, l2=l2, refcounts=refcounts, writer=writer, damage=damage
     )
     mutex = Mutex()
     data = GuestData(file)
-    reader = GuestReader(
+    reader = kinds.reader(
         layout, file=file, data=data, clusters=clusters, backing=None,
         decompress=decompressor(name, header.compression_type), damage=damage,
     )  # fmt: skip
-    guest_writer = GuestWriter(
+    guest_writer = kinds.guest_writer(
         layout, data=data, clusters=clusters, refcounts=refcounts, writer=writer, reader=reader,
         mutex=mutex, buffers=buffers, disk_bytes=header.size,
     )  # fmt: skip
-    eraser = GuestEraser(
+    eraser = kinds.eraser(
         layout, clusters=clusters, writer=writer, reader=reader, guest_writer=guest_writer,
         mutex=mutex,
     )  # fmt: skip
