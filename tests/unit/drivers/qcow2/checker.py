@@ -17,10 +17,13 @@ OFFSET = 0x00FF_FFFF_FFFF_FE00
 
 
 class Checker:
-    """Version 2 and 3 images, compressed clusters by deflate, internal snapshots counted."""
+    """Version 2 and 3 images, compressed clusters by deflate, internal snapshots counted.
 
-    def __init__(self, image: bytes | bytearray) -> None:
+    `data`: the content of the external data file, where the image has one."""
+
+    def __init__(self, image: bytes | bytearray, data: bytes | bytearray | None = None) -> None:
         self.image = image
+        self.data = data
         fields = struct.unpack_from(">4sIQIIQIIQQIIQ", image)
         assert fields[0] == b"QFI\xfb"
         self.version = fields[1]
@@ -102,12 +105,17 @@ class Checker:
 
     def _walk(self, offset: int, entries: int, *, active: bool) -> None:
         self._refer(offset, self._clusters(entries * 8), "L1 table")
-        for entry in self.words(offset, entries):
+        for index, entry in enumerate(self.words(offset, entries)):
             if entry & OFFSET:
                 self._refer(entry & OFFSET, 1, "L2 table")
                 self._check_copied(entry, "L1 entry", active=active)
-                for word in self.words(entry & OFFSET, self.size // 8):
-                    if word & COMPRESSED:
+                words = self.words(entry & OFFSET, self.size // 8)
+                for guest, word in enumerate(words, index * self.size // 8):
+                    if self.data is not None:
+                        if word not in (0, 1, (guest << self.bits) | COPIED):
+                            if word != (guest << self.bits) | COPIED | 1:
+                                self.corruptions.append(f"guest cluster {guest}: {word:#x}")
+                    elif word & COMPRESSED:
                         self._refer_compressed(word)
                     elif word & OFFSET:
                         self._refer(word & OFFSET, 1, "data")
@@ -167,6 +175,12 @@ class Checker:
                         data = zlib.decompressobj(-12).decompress(packed, self.size)
                         assert len(data) == self.size, f"guest cluster at {guest:#x} is short"
                         found[guest : guest + self.size] = data[: disk_bytes - guest]
+                    elif self.data is not None:
+                        if word & COPIED and not word & 1:
+                            data = bytes(self.data[guest : guest + self.size])
+                            found[guest : guest + self.size] = data[: disk_bytes - guest].ljust(
+                                min(self.size, disk_bytes - guest), b"\0"
+                            )
                     elif word & OFFSET and not (word & 1 and self.version == 3):
                         host = word & OFFSET
                         length = min(self.size, disk_bytes - guest)

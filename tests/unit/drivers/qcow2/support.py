@@ -35,14 +35,23 @@ class Images:
         return self.files.images[path]
 
     def create(self, path: str, size: int, **options: Any) -> MemoryImage:
-        """A new image, made by our own `create`."""
+        """A new image, made by our own `create`, and its `data_file`, a name in this folder."""
         image = self.files.add(path)
+        data_path = options.get("data_file")
+        if data_path is not None:
+            self.files.add(data_path)
 
         async def make() -> None:
             node = await self.opener.open({"driver": "file", "filename": path})
             backend = BlockBackend(path, node, writable=True)
-            await create(node, path, CreateOptions.parse(path, size, options))
+            data = holder = None
+            if data_path is not None:
+                data = await self.opener.open({"driver": "file", "filename": data_path})
+                holder = BlockBackend(data_path, data, writable=True)
+            await create(node, path, CreateOptions.parse(path, size, options), data=data)
             await backend.close()
+            if holder is not None:
+                await holder.close()
 
         self.ctx.run(make())
         image.log.clear()
