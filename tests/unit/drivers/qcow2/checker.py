@@ -112,9 +112,9 @@ class Checker:
                 words = self.words(entry & OFFSET, self.size // 8)
                 for guest, word in enumerate(words, index * self.size // 8):
                     if self.data is not None:
-                        if word not in (0, 1, (guest << self.bits) | COPIED):
-                            if word != (guest << self.bits) | COPIED | 1:
-                                self.corruptions.append(f"guest cluster {guest}: {word:#x}")
+                        own = (guest << self.bits) | COPIED
+                        if word not in (0, 1, own, own | 1):
+                            self.corruptions.append(f"guest cluster {guest}: {word:#x}")
                     elif word & COMPRESSED:
                         self._refer_compressed(word)
                     elif word & OFFSET:

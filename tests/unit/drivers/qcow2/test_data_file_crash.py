@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from blockemu.drivers.driver import RequestFlags
 from blockemu.loop.sync import gather
 from tests.peers.qemu import QemuImg
 from tests.unit.drivers.qcow2.checker import Checker
@@ -104,7 +105,7 @@ def test_power_cut_while_the_disk_changes_its_size_leaves_one_or_the_other(
     disk.close()
     cut_disk = TwoFileDisk(recorder)
     kept = min(target, DISK_BYTES)
-    for cut in range(0, len(recorder) + 1):
+    for cut in range(len(recorder) + 1):
         image, data = cut_disk.after_cut(cut, rng)
         judged = Checker(image, data)
         assert not judged.corruptions, (cut, judged.corruptions[:5])
@@ -117,3 +118,32 @@ def test_power_cut_while_the_disk_changes_its_size_leaves_one_or_the_other(
         if raw and judged.disk_bytes == target:
             assert content == data[:target]
     assert len(images["data"].content) == target
+
+
+def test_zeroed_cluster_that_is_written_again_never_shows_what_it_held_before(
+    images: Images, seed: int, tmp_path: Path
+) -> None:
+    """Its old bytes are still in the data file, so the new ones have to be there before the entry
+    says that they are."""
+    rng = random.Random(seed)
+    images.create("image", DISK_BYTES, cluster_size=4096, data_file="data")
+    recorder = TwoFileRecorder(images["image"], images["data"], rng)
+    disk = images.open("image")
+    count = 16 * KIB // SECTOR
+
+    async def guest() -> None:
+        for _ in range(12):
+            for value in (rng.randbytes(8) * (SECTOR // 8), bytes(SECTOR)):
+                number = recorder.note("start", count=count, value=value)
+                if any(value):
+                    await disk.node.pwritev(0, memoryview(value * count))
+                else:
+                    await disk.node.pwrite_zeroes(0, count * SECTOR, RequestFlags.NONE)
+                recorder.note("end", number)
+                number = recorder.note("flush-start")
+                await disk.node.flush()
+                recorder.note("flush-end", number)
+
+    images.ctx.run(guest())
+    disk.close()
+    judge(recorder, rng, raw=False, tmp_path=tmp_path)
