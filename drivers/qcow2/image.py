@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.qcow2.bitmap_directory import AUTOCLEAR_BITMAPS
 from blockemu.drivers.qcow2.cluster_lock import ClusterLocks
 from blockemu.drivers.qcow2.cluster_map import ClusterMap
 from blockemu.drivers.qcow2.compression import compressor, decompressor
@@ -29,11 +30,18 @@ from blockemu.drivers.qcow2.guest_data import GuestData
 from blockemu.drivers.qcow2.guest_erase import GuestEraser
 from blockemu.drivers.qcow2.guest_read import GuestReader
 from blockemu.drivers.qcow2.guest_write import GuestWriter
-from blockemu.drivers.qcow2.header import Header, check_tables, check_writable
+from blockemu.drivers.qcow2.header import (
+    EXTENSION_BITMAPS,
+    Header,
+    check_tables,
+    check_writable,
+)
 from blockemu.drivers.qcow2.header_file import HeaderFile
 from blockemu.drivers.qcow2.image_file import ImageFile
 from blockemu.drivers.qcow2.layout import Layout
+from blockemu.drivers.qcow2.metadata_places import MetadataPlaces
 from blockemu.drivers.qcow2.metadata_writer import MetadataWriter
+from blockemu.drivers.qcow2.overlap_check import OverlapCheck
 from blockemu.drivers.qcow2.packed_space import PackedSpace
 from blockemu.drivers.qcow2.refcount import Refcounts
 from blockemu.drivers.qcow2.refcount_width import RefcountWidth
@@ -73,6 +81,7 @@ class Image:
     locks: ClusterLocks
     mutex: Mutex
     mark: CorruptMark
+    overlaps: OverlapCheck
     damage: DamageLog
     data_file: DataFile | None = None
     """The file that `data` is in, if that is not `file`."""
@@ -145,7 +154,11 @@ async def open_image(
             data_file = DataFile(data_child, header=header, name=name)
         image = _assemble(name, header, file, data_file, l1, reftable, options, buffers)
         if not read_only:
-            await image.header_file.keep_autoclear(RAW_DATA if header.has_data_file else 0)
+            has_bitmaps = header.extension(EXTENSION_BITMAPS) is not None
+            await image.header_file.keep_autoclear(
+                (AUTOCLEAR_BITMAPS if has_bitmaps else 0)
+                | (RAW_DATA if header.has_data_file else 0)
+            )
     except OSError as error:
         raise ImageError.from_os_error(name, error) from error
     return image
@@ -184,20 +197,29 @@ def _assemble(
         bytes_max=options.l2_cache_bytes, write_back=writer.write_back,
     )  # fmt: skip
     writer.attach(blocks=blocks, reftable=reftable, l2=l2, l1=l1)
+    places = MetadataPlaces(
+        layout, file=file, header=header_file, writer=writer, kinds=options.overlap_checks
+    )
+    overlaps = OverlapCheck(places, cluster_bits=layout.cluster_bits, damage=damage, mark=mark)
     refcounts = Refcounts(
         layout, file=file, cache=blocks, table=reftable, width=width, writer=writer,
-        header=header_file, damage=damage, mark=mark, pass_discard=options.pass_discard,
+        header=header_file, damage=damage, mark=mark, overlaps=overlaps,
+        pass_discard=options.pass_discard,
     )  # fmt: skip
     map_class = DataFileMap if header.has_data_file else ClusterMap
     clusters = map_class(
-        layout, file=file, l1=l1, l2=l2, refcounts=refcounts, writer=writer, damage=damage
-    )
+        layout, file=file, l1=l1, l2=l2, refcounts=refcounts, writer=writer, overlaps=overlaps,
+        damage=damage,
+    )  # fmt: skip
     mutex = Mutex()
-    data = _guest_data(header, file, data_file, writer)
+    data = _guest_data(header, file, data_file, writer, overlaps)
     reader = GuestReader(
         layout, file=file, data=data, clusters=clusters, backing=None,
         decompress=decompressor(name, header.compression_type), damage=damage,
     )  # fmt: skip
+    if data_file is None:
+        reader.used_end = lambda: refcounts.used_end
+        overlaps.is_mapped = reader.is_mapped
     writer_class = GuestWriter if data_file is None else DataFileWriter
     guest_writer = writer_class(
         layout, data=data, clusters=clusters, refcounts=refcounts, writer=writer, reader=reader,
@@ -223,16 +245,20 @@ def _assemble(
         l1=l1, l2=l2, reftable=reftable, blocks=blocks, writer=writer,
         refcounts=refcounts, clusters=clusters, reader=reader, guest_writer=guest_writer,
         eraser=eraser, compressor=packer, locks=ClusterLocks(), mutex=mutex, mark=mark,
-        damage=damage, data_file=data_file,
+        overlaps=overlaps, damage=damage, data_file=data_file,
         preallocated=None if data_file is None else data_file.is_raw,
     )  # fmt: skip
 
 
 def _guest_data(
-    header: Header, file: ImageFile, data_file: DataFile | None, writer: MetadataWriter
+    header: Header,
+    file: ImageFile,
+    data_file: DataFile | None,
+    writer: MetadataWriter,
+    overlaps: OverlapCheck,
 ) -> GuestData:
     if not header.has_data_file:
-        return GuestData(file)
+        return GuestData(file, overlaps)
     if data_file is None:
         return ClosedDataFile(file)
     writer.attach_data_file(data_file.flush)

@@ -26,6 +26,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.qcow2.bitmap_directory import AUTOCLEAR_BITMAPS
 from blockemu.drivers.qcow2.check import Examination
 from blockemu.drivers.qcow2.compression import TYPE_NAMES
 from blockemu.drivers.qcow2.copied_flags import CopiedFlags
@@ -38,7 +39,6 @@ from blockemu.drivers.qcow2.layout import COMPRESSED, OFFSET_MASK, SECTOR, ZERO
 from blockemu.drivers.qcow2.refcount_rebuild import Gaps, rebuild_refcounts
 from blockemu.drivers.qcow2.reference_counts import LARGE
 from blockemu.drivers.qcow2.root_table import ENTRY_BYTES
-from blockemu.drivers.qcow2.table_lists import AUTOCLEAR_BITMAPS
 
 if TYPE_CHECKING:
     from blockemu.drivers.child import BdrvChild
