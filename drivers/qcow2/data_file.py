@@ -88,6 +88,14 @@ class DataFile(ImageFile):
             flags = RequestFlags.MAY_UNMAP if may_unmap else RequestFlags.NONE
             await self.child.pwrite_zeroes(offset, end - offset, flags)
 
+    async def reads_zero(self, offset: int, length: int) -> bool:
+        """Whether the file is known to have nothing but zeroes there. Raises: OSError."""
+        end = min(offset + length, self.length)
+        if offset >= end:
+            return True
+        status = await self.child.block_status(offset, end - offset)
+        return status.zero and status.length >= end - offset
+
     async def discard(self, offset: int, length: int) -> None:
         if offset < self.length:
             await super().discard(offset, length)

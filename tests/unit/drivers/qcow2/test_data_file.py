@@ -104,10 +104,18 @@ def test_new_raw_data_file_has_all_clusters_mapped(images: Images) -> None:
 
 def test_unmapped_cluster_reads_as_zeroes_whatever_the_data_file_holds(images: Images) -> None:
     disk = make(images)
-    images["data"].content[: 2 * CLUSTER] = b"x" * (2 * CLUSTER)
+    images["data"].apply("write", 0, 2 * CLUSTER, memoryview(b"x" * (2 * CLUSTER)))
     assert disk.read(0, CLUSTER) == bytes(CLUSTER)
     disk.write(CLUSTER + 10, b"new")
     assert disk.read(CLUSTER, CLUSTER) == b"new".rjust(13, b"\0").ljust(CLUSTER, b"\0")
+
+
+def test_write_into_a_hole_of_the_data_file_writes_no_more_than_it_must(images: Images) -> None:
+    disk = make(images)
+    images["data"].log.clear()
+    disk.write(8 * CLUSTER + 512, b"x" * 512)
+    writes = images["data"].operations("write")
+    assert [(found.offset, found.length) for found in writes] == [(8 * CLUSTER + 512, 512)]
 
 
 def test_discarded_cluster_gives_its_space_back_and_reads_as_zeroes(
