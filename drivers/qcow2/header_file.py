@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.errors import ImageError, io_error
@@ -61,6 +62,8 @@ class HeaderFile:
         """The table that the header names."""
         self.bitmaps = BitmapDirectory()
         """The directory that it names."""
+        self.on_moved: Callable[[], None] = lambda: None
+        """Told when the header has come to name other places of tables. Suspends: never."""
         self._file = file
         self._lost = False
         """A `replace` failed: which header is in the file isn't known."""
@@ -81,11 +84,13 @@ class HeaderFile:
         self.header.refcount_table_offset = offset
         self.header.refcount_table_clusters = clusters
         await self._write()
+        self.on_moved()
 
     async def move_l1(self, *, offset: int, entries: int) -> None:
         self.header.l1_table_offset = offset
         self.header.l1_size = entries
         await self._write()
+        self.on_moved()
 
     async def move_disk(self, *, offset: int, entries: int, size: int) -> None:
         """Another L1 table with another size, at once."""
@@ -97,6 +102,7 @@ class HeaderFile:
         self.header.nb_snapshots = len(table.entries)
         await self._write()
         self.snapshots = table
+        self.on_moved()
 
     async def move_bitmaps(self, directory: BitmapDirectory) -> None:
         """Name another bitmap directory, or none. Guarantees and errors: as `replace`."""
@@ -107,6 +113,7 @@ class HeaderFile:
             new.autoclear_features |= AUTOCLEAR_BITMAPS
         await self.replace(new)
         self.bitmaps = directory
+        self.on_moved()
 
     async def set_size(self, size: int) -> None:
         self.header.size = size
@@ -140,6 +147,7 @@ class HeaderFile:
             self._lost = True
             raise
         self.header = header
+        self.on_moved()
 
     async def _write(self) -> None:
         if self._lost:
