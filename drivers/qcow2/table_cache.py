@@ -204,6 +204,12 @@ class TableCache:
             if start in self._loading:
                 self._stale.add(start)
 
+    def forget_all(self) -> None:
+        """Forget every slice, changes included. Nothing is being loaded or written."""
+        assert not self._loading
+        self.slices.clear()
+        self._dirty = {}
+
     # --- write-back: called by metadata_writer.py ---
 
     def capture(self) -> Capture:
