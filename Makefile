@@ -66,14 +66,15 @@ stress: bootstrap
 		$(VENV)/python -m pytest -q tests/e2e/test_graph_stress.py \
 		tests/e2e/test_hostile_clients.py $(ARGS)
 
-# A round is 1300 simulated power cuts, 150 runs of requests that share clusters, 6 times kill -9,
-# and 2 runs of clients that share clusters: about 15 seconds.
+# A round is 1300 simulated power cuts, 150 runs of requests that share clusters, 17 times kill -9,
+# and 2 runs of clients that share clusters: about 20 seconds.
 crash: ROUNDS = 100
 crash: bootstrap
 	BLOCKEMU_ROUNDS=$(ROUNDS) $(if $(SEED),BLOCKEMU_SEED=$(SEED)) $(VENV)/python -m pytest -q \
 		tests/unit/drivers/qcow2/test_freed_clusters.py \
 		tests/unit/drivers/qcow2/test_shared_clusters.py \
-		tests/e2e/test_kill_search.py tests/e2e/test_shared_clusters.py $(ARGS)
+		tests/e2e/test_kill_search.py tests/e2e/test_kill_img.py \
+		tests/e2e/test_shared_clusters.py $(ARGS)
 
 # The sanitized build also runs tests that load the C parts into pytest's own process.
 SANITIZED_TESTS = tests/unit/nbd tests/unit/loop tests/unit/drivers/test_native_map.py \
