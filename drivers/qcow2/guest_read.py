@@ -37,6 +37,10 @@ PUBLISH_MAX = 256
 """Clusters published for one request: keeps a huge one from filling the map by itself."""
 
 
+HOST_CLUSTERS_MAX = 1 << 55
+"""More than any file has."""
+
+
 class GuestReader:
     """Reads what the guest would see. `direct_map` is set while there is one."""
 
@@ -55,7 +59,7 @@ class GuestReader:
         self.direct_map: DirectMap | None = None
         self.maps_writes = False
         """The direct map may take writes, where a cluster may be written in place."""
-        self.used_end: Callable[[], int] = lambda: 0
+        self.used_end: Callable[[], int] = lambda: HOST_CLUSTERS_MAX
         """Behind the last host cluster that was ever in use."""
         self._layout = layout
         self._mask = layout.cluster_size - 1
