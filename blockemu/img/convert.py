@@ -19,6 +19,7 @@ from blockemu.drivers.sector import SECTOR_BYTES, sectors_up
 from blockemu.img.create import CreateRequest, run_create
 from blockemu.img.session import finish, open_image, run_session
 from blockemu.jobs.convert import ConvertJob, ConvertPlan
+from blockemu.loop.host_file import PosixFiles
 
 if TYPE_CHECKING:
     from blockemu.drivers.backend import BlockBackend
@@ -76,7 +77,7 @@ def convert_images(request: ConvertRequest, *, progress: Progress) -> None:
     Raises: ImageError; KeyboardInterrupt.
     """
     request.check()
-    run_session(lambda opener: _convert(opener, request, progress))
+    run_session(lambda opener: _convert(opener, request, progress), files=PosixFiles(bulk=True))
 
 
 async def _convert(opener: Opener, request: ConvertRequest, progress: Progress) -> None:
