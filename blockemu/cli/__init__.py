@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `blockemu` command: one file a subcommand, and one for how it fails.
 
-Commands import what they run when they run it: `blockemu --help` needn't load a storage daemon.
+Commands are imported when they are called, and import what they run when they run it: `blockemu
+--help` needn't load a storage daemon.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ import click
 
 import blockemu
 from blockemu.cli.failure import run_command
-from blockemu.cli.img import img
-from blockemu.cli.serve import serve
+from blockemu.cli.lazy_group import LazyGroup
 from blockemu.cli.verbosity import CliState, verbose_option
 
 EPILOG = """
@@ -26,7 +26,10 @@ Examples:
 """
 
 
-@click.group(epilog=EPILOG)
+@click.group(
+    cls=LazyGroup.of({"img": "blockemu.cli.img:img", "serve": "blockemu.cli.serve:serve"}),
+    epilog=EPILOG,
+)
 @click.version_option(blockemu.__version__, "-V", "--version", message="%(prog)s %(version)s")
 @click.help_option("-h", "--help")
 @verbose_option
@@ -35,10 +38,6 @@ def cli() -> None:
 
     Every command has its own --help. The manual is docs/cli.md.
     """
-
-
-cli.add_command(serve)
-cli.add_command(img)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

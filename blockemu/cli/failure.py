@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import sys
-import traceback
 
 import click
 
@@ -58,6 +57,8 @@ def describe_os_error(error: OSError) -> str:
 def report_bug(error: Exception, *, verbose: bool) -> None:
     """One line about something that should not have happened."""
     if verbose:
+        import traceback  # a bug may take its time
+
         traceback.print_exception(error)
     report(
         f"internal error: {type(error).__name__}: {error} (a bug in blockemu: please report it, "
