@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import click
 
 import blockemu
-from blockemu.cli.failure import run_command
+from blockemu.cli.failure import leave, run_command
 from blockemu.cli.lazy_group import LazyGroup
 from blockemu.cli.verbosity import CliState, verbose_option
 
@@ -43,4 +43,7 @@ def cli() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script. Exits: 0 done, 1 failed (one line on stderr says why), 2 wrong usage."""
     state = CliState(owns_process=arguments is None)
-    sys.exit(run_command(cli, list(sys.argv[1:] if arguments is None else arguments), state))
+    status = run_command(cli, list(sys.argv[1:] if arguments is None else arguments), state)
+    if state.owns_process:
+        leave(status)
+    sys.exit(status)

@@ -9,6 +9,8 @@ says so, and the traceback for those who asked with -v.
 from __future__ import annotations
 
 import errno
+import logging
+import os
 import sys
 
 import click
@@ -16,6 +18,7 @@ import click
 from blockemu.cli.verbosity import CliState, configure_logging
 from blockemu.drivers.errors import ImageError
 from blockemu.errors import DaemonError
+from blockemu.loop.current import is_only_thread
 
 PROGRAM = "blockemu"
 
@@ -46,6 +49,23 @@ def run_command(command: click.Command, arguments: list[str], state: CliState) -
     except Exception as error:
         report_bug(error, verbose=state.verbosity > 0)
     return 1
+
+
+def leave(status: int) -> None:
+    """End the process here, if nothing is left to wait for; else return.
+
+    Taking the interpreter apart, module by module, takes 15 ms: a sixth of a short command.
+    """
+    if not is_only_thread():
+        return
+    logging.shutdown()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except (OSError, ValueError):
+        return  # the interpreter's own end knows what to say of it
+    os._exit(status)
 
 
 def describe_os_error(error: OSError) -> str:
