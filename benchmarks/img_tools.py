@@ -49,8 +49,9 @@ HEADER = ("command", "program", "ms", "spread", "CPU ms", "peak MiB", "blockemu 
 INTRODUCTION = """\
 `blockemu img` and `qemu-img` as whole processes, one after the other in each round. The disk has
 4 GiB, a quarter of it data; everything is in the page cache. Half of a short command is Python's
-own start, which is a row of the table. Opening is judged by what is left when that is taken away. Peak memory is
-that of the program, or of the benchmark itself where that has more: the kernel counts so.
+own start, which is a row of the table. Opening is judged by what is left when that is taken away.
+Peak memory is that of the program, or of the benchmark itself where that has more: the kernel
+counts so.
 """
 
 

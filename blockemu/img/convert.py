@@ -36,6 +36,7 @@ Progress = Callable[[int, int], None]
 class ConvertRequest:
     """What the user asked for; defaults are qemu-img's.
 
+    `snapshot`: the source as it was then. `salvage`: what can't be read becomes zeroes.
     `existing`: the target is there and isn't made. `target_cache`: what is written is on stable
     storage at the end, unless it is "unsafe".
     """
@@ -43,6 +44,8 @@ class ConvertRequest:
     sources: Sequence[str]
     target: str
     source_fmt: str | None = None
+    snapshot: str | None = None
+    salvage: bool = False
     target_fmt: str = "raw"
     option_texts: Sequence[str] = ()
     backing_file: str | None = None
@@ -64,45 +67,57 @@ class ConvertRequest:
             raise ImageError(
                 "-S", f"takes a multiple of {SECTOR_BYTES} up to {SPARSE_BYTES_MAX}, not {sparse}"
             )
+        if self.snapshot is not None and len(self.sources) > 1:
+            raise ImageError("-l", "takes a single source")
         if self.target_is_zero and not self.existing:
             raise ImageError(self.target, "is new: --target-is-zero goes with -n only")
         if self.existing and self.option_texts:
             raise ImageError(self.target, "is not made anew (-n), so it takes no options (-o)")
 
 
-def convert_images(request: ConvertRequest, *, progress: Progress) -> None:
-    """Carry the request out.
+def convert_images(
+    request: ConvertRequest, *, progress: Progress, warn: Callable[[str], None] = lambda text: None
+) -> None:
+    """Carry the request out; `warn` is told what can't be read, if that is to be salvaged.
 
     Context: the main thread, in which no loop runs.
     Raises: ImageError; KeyboardInterrupt.
     """
     request.check()
-    run_session(lambda opener: _convert(opener, request, progress), files=PosixFiles(bulk=True))
+    run_session(
+        lambda opener: _convert(opener, request, progress, warn), files=PosixFiles(bulk=True)
+    )
 
 
-async def _convert(opener: Opener, request: ConvertRequest, progress: Progress) -> None:
+async def _convert(
+    opener: Opener, request: ConvertRequest, progress: Progress, warn: Callable[[str], None]
+) -> None:
     async with AsyncExitStack() as stack:
         sources = [
             await stack.enter_async_context(
                 open_image(
                     opener, path, fmt=request.source_fmt, cache=request.source_cache,
-                    force_share=request.force_share,
+                    force_share=request.force_share, snapshot=request.snapshot,
                 )
             )
             for path in request.sources
         ]  # fmt: skip
-        await convert_opened(opener, request, sources, progress)
+        await convert_opened(opener, request, sources, progress, warn)
 
 
 async def convert_opened(
-    opener: Opener, request: ConvertRequest, sources: Sequence[BlockBackend], progress: Progress
+    opener: Opener,
+    request: ConvertRequest,
+    sources: Sequence[BlockBackend],
+    progress: Progress,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> None:
     """What is left when the sources are open: make the target, and copy.
 
     Context: the opener's. Suspends: while the jobs run. Raises: ImageError.
     """
     if request.existing:
-        await _copy(opener, request, sources, progress)
+        await _copy(opener, request, sources, progress, warn)
         return
     length = sum(sectors_up(source.length_bytes) for source in sources)
     to_create = CreateRequest.from_user(
@@ -113,7 +128,7 @@ async def convert_opened(
     existed = os.path.lexists(request.target)
     try:
         await run_create(to_create, opener, cache=request.target_cache)
-        await _copy(opener, request, sources, progress)
+        await _copy(opener, request, sources, progress, warn)
     except BaseException:
         if not existed:
             _remove(request.target)
@@ -121,7 +136,11 @@ async def convert_opened(
 
 
 async def _copy(
-    opener: Opener, request: ConvertRequest, sources: Sequence[BlockBackend], progress: Progress
+    opener: Opener,
+    request: ConvertRequest,
+    sources: Sequence[BlockBackend],
+    progress: Progress,
+    warn: Callable[[str], None],
 ) -> None:
     async with open_image(
         opener, request.target, fmt=request.target_fmt, writable=True, cache=request.target_cache
@@ -143,6 +162,7 @@ async def _copy(
             requests_max=request.requests_max,
             in_order=request.in_order,
             compressed=request.compressed,
+            on_unreadable=warn if request.salvage else None,
         )
         await finish(ConvertJob("convert", plan, main_ctx=opener.ctx, on_progress=progress))
 
