@@ -10,6 +10,7 @@ from blockemu.cli.lazy_group import LazyGroup
 COMMANDS = {
     "amend": "blockemu.cli.img_amend:amend",
     "bench": "blockemu.cli.img_bench:bench",
+    "bitmap": "blockemu.cli.img_bitmap:bitmap",
     "check": "blockemu.cli.img_check:check",
     "commit": "blockemu.cli.img_commit:commit",
     "compare": "blockemu.cli.img_compare:compare",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from blockemu.drivers.chain_status import backing_node
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.sector import SECTOR_BYTES, sectors_up
+from blockemu.img.copy_bitmaps import bitmaps_to_copy, copy_bitmaps
 from blockemu.img.create import CreateRequest, run_create
 from blockemu.img.session import finish, open_image, run_session
 from blockemu.jobs.convert import ConvertJob, ConvertPlan
@@ -56,6 +57,8 @@ class ConvertRequest:
     requests_max: int = 8
     in_order: bool = True
     compressed: bool = False
+    bitmaps: bool = False
+    skip_broken_bitmaps: bool = False
     source_cache: str = "writeback"
     target_cache: str = "unsafe"
     force_share: bool = False
@@ -73,6 +76,10 @@ class ConvertRequest:
             raise ImageError(self.target, "is new: --target-is-zero goes with -n only")
         if self.existing and self.option_texts:
             raise ImageError(self.target, "is not made anew (-n), so it takes no options (-o)")
+        if self.skip_broken_bitmaps and not self.bitmaps:
+            raise ImageError(self.target, "Use of --skip-broken-bitmaps requires --bitmaps")
+        if self.bitmaps and len(self.sources) != 1:
+            raise ImageError(self.target, "Copying bitmaps only possible with single source")
 
 
 def convert_images(
@@ -116,8 +123,12 @@ async def convert_opened(
 
     Context: the opener's. Suspends: while the jobs run. Raises: ImageError.
     """
+    bitmaps = None
+    if request.bitmaps:
+        skip_broken = request.skip_broken_bitmaps
+        bitmaps = await bitmaps_to_copy(sources[0].node, skip_broken=skip_broken)
     if request.existing:
-        await _copy(opener, request, sources, progress, warn)
+        await _copy(opener, request, sources, bitmaps, progress, warn)
         return
     length = sum(sectors_up(source.length_bytes) for source in sources)
     to_create = CreateRequest.from_user(
@@ -128,7 +139,7 @@ async def convert_opened(
     existed = os.path.lexists(request.target)
     try:
         await run_create(to_create, opener, cache=request.target_cache)
-        await _copy(opener, request, sources, progress, warn)
+        await _copy(opener, request, sources, bitmaps, progress, warn)
     except BaseException:
         if not existed:
             _remove(request.target)
@@ -139,6 +150,7 @@ async def _copy(
     opener: Opener,
     request: ConvertRequest,
     sources: Sequence[BlockBackend],
+    bitmaps: Sequence[str] | None,
     progress: Progress,
     warn: Callable[[str], None],
 ) -> None:
@@ -165,12 +177,16 @@ async def _copy(
             on_unreadable=warn if request.salvage else None,
         )
         await finish(ConvertJob("convert", plan, main_ctx=opener.ctx, on_progress=progress))
+        if bitmaps is not None:
+            await copy_bitmaps(sources[0].node, target.node, bitmaps)
 
 
 def _check_compressible(target: BlockBackend, sources: Sequence[BlockBackend]) -> None:
     """Clusters of the target can be compressed, and each comes from one source, or ImageError."""
     driver = target.node.driver
     if not driver.supports_compressed_writes:
+        if type(driver).supports_compressed_writes:
+            raise ImageError(target.name, "clusters of an external data file can't be compressed")
         raise ImageError(target.name, f"format {driver.name} has no compression (-c)")
     for source in sources[:-1]:
         if sectors_up(source.length_bytes) % driver.cluster_size:
