@@ -38,15 +38,17 @@ class BulkFile(PageCacheFile):
         self._in_memory = in_memory
         self._writes = TransferBatches(is_write=True, requests_max=WRITES_MAX, in_turn=True)
 
-    def start_read(self, offset: int, view: memoryview, done: Done) -> int | None:
+    def start_read(self, offset: int, view: memoryview, done: Done, address: int = 0) -> int | None:
         if not self._in_memory:
-            return super().start_read(offset, view, done)
+            return super().start_read(offset, view, done, address)
         return read_fully(self._fd, view, offset)
 
-    def start_write(self, offset: int, view: memoryview, done: Done) -> int | None:
+    def start_write(
+        self, offset: int, view: memoryview, done: Done, address: int = 0
+    ) -> int | None:
         if self._in_memory and len(view) <= INLINE_WRITE_BYTES_MAX:
             return write_fully(self._fd, view, offset)
-        return super().start_write(offset, view, done)
+        return super().start_write(offset, view, done, address)
 
     async def truncate(self, length: int) -> None:
         if self.is_block_device:
