@@ -23,16 +23,16 @@ from collections.abc import Callable
 from socket import SHUT_WR
 from typing import TYPE_CHECKING
 
-from blockemu.nbd.socket_options import may_lose_data
+from blockemu.loop.socket_options import may_lose_data
 
 if TYPE_CHECKING:
     import socket
 
+    from blockemu.drivers.nbd.protocol import NbdError
     from blockemu.exports import Export
     from blockemu.limits import Limits
     from blockemu.loop.buffers import BufferPool
     from blockemu.loop.timer import Timer
-    from blockemu.nbd.protocol import NbdError
     from blockemu.nbd.request import Request
 
 log = logging.getLogger(__name__)

@@ -2,8 +2,7 @@
 """The NBD wire format: magic numbers, option and command types, flags, errors, and layouts.
 
 Source: doc/proto.md of the NetworkBlockDevice/nbd repository; the names are that document's, so
-that one can be searched for in the other. All integers are big-endian. Only what a server needs is
-here.
+that one can be searched for in the other. All integers are big-endian.
 
 Layout: handshake ("Newstyle negotiation", "Fixed newstyle negotiation")
 
