@@ -68,6 +68,8 @@ class BlockDriver(ABC):
     """At the bottom of the graph: reads past its end are zeroes, writes past it make it grow."""
     supports_fua: ClassVar[bool] = False
     """`pwritev` and `pwrite_zeroes` honour FUA themselves; otherwise the node flushes."""
+    has_backing: ClassVar[bool] = False
+    """The format has backing files; then `backing` is an option, and None means none."""
     supports_compressed_writes: ClassVar[bool] = False
     """`pwritev` honours WRITE_COMPRESSED; otherwise it is never handed the flag."""
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from blockemu.drivers.chain_status import backing_node
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.filename import path_to_create
 from blockemu.drivers.sector import SECTOR_BYTES, sectors_up
 from blockemu.img.create import CreateRequest, run_create
 from blockemu.img.session import finish, open_image, run_session
@@ -109,13 +110,14 @@ async def convert_opened(
         option_texts=request.option_texts,
         backing_file=request.backing_file, backing_fmt=request.backing_fmt,
     )  # fmt: skip
-    existed = os.path.lexists(request.target)
+    path = path_to_create(request.target)
+    existed = os.path.lexists(path)
     try:
         await run_create(to_create, opener, cache=request.target_cache)
         await _copy(opener, request, sources, progress)
     except BaseException:
         if not existed:
-            _remove(request.target)
+            _remove(path)
         raise
 
 

@@ -12,7 +12,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from blockemu.drivers.errors import ImageError
-from blockemu.drivers.registry import PROBE_BYTES, Opener
+from blockemu.drivers.filename import resolve
+from blockemu.drivers.registry import Opener
 from blockemu.img.session import run_session
 from blockemu.img.size import format_size
 from blockemu.img.snapshot_list import format_snapshots
@@ -64,33 +65,13 @@ async def open_layer(
 
     Context: that of `opener`. Raises: ImageError.
     """
-    options = {"driver": "file", "filename": path, "aio": "threads"}
-    shared = {"read-only": read_only, "force-share": force_share}
-    file = await opener.open({**options, **shared})
-    try:
-        if fmt is None:
-            fmt = await guess_format(opener, file)
-        known = {} if fmt == "raw" else {"backing": None}
-        if fmt in ("file", "host_device") or opener.drivers.find(fmt) is None:
-            raise ImageError(path, f"there is no image format '{fmt}'")
-        return await opener.open({"driver": fmt, "file": file.node_name, **known, **shared})
-    except BaseException:
-        await file.close()
-        raise
-
-
-async def guess_format(opener: Opener, file: BlockDriverState) -> str:
-    """The format that recognises the first bytes of `file`; raw when none does."""
-    start = bytearray(min(PROBE_BYTES, file.length_bytes))
-    try:
-        await file.preadv(0, memoryview(start))
-    except OSError as error:
-        raise ImageError.from_os_error(file.filename or file.node_name, error) from error
-    for name in opener.drivers.names():
-        driver = opener.drivers.find(name)
-        if driver is not None and driver.recognises(bytes(start)):
-            return name
-    return "raw"
+    return await opener.open_named(
+        path,
+        fmt=fmt,
+        options={"read-only": read_only, "force-share": force_share},
+        file_options={"aio": "threads"},
+        alone=True,
+    )
 
 
 def image_info(node: BlockDriverState) -> Facts:
@@ -106,9 +87,27 @@ def image_info(node: BlockDriverState) -> Facts:
     facts.update(node.driver.info())
     backing = facts.get("backing-filename")
     if backing is not None:
-        facts["full-backing-filename"] = os.path.join(os.path.dirname(facts["filename"]), backing)
-    facts.setdefault("dirty-flag", False)
+        full = _full_name(facts["filename"], backing)
+        if full is not None:
+            facts["full-backing-filename"] = full
+    if not _is_remote(node):
+        facts.setdefault("dirty-flag", False)
     return facts
+
+
+def _full_name(image: str, backing: str) -> str | None:
+    """The backing file's name from here; None, where there is none."""
+    try:
+        return resolve(backing, above=image)
+    except ImageError:
+        return None
+
+
+def _is_remote(node: BlockDriverState) -> bool:
+    """Whether its bytes, unchanged, are an export's: of that QEMU knows no such flag."""
+    while node.driver.name == "raw":
+        node = node.children["file"].node
+    return node.driver.name == "nbd"
 
 
 def _allocated_bytes(node: BlockDriverState) -> int | None:
@@ -138,7 +137,7 @@ def format_human(facts: Facts) -> str:
     ]
     if "cluster-size" in facts:
         lines.append(f"cluster_size: {facts['cluster-size']}")
-    if facts["dirty-flag"]:
+    if facts.get("dirty-flag"):
         lines.append("cleanly shut down: no")
     lines += _backing_lines(facts)
     lines += format_snapshots(facts.get("snapshots", []))
@@ -153,7 +152,7 @@ def _backing_lines(facts: Facts) -> list[str]:
     backing = facts.get("backing-filename")
     if backing is None:
         return []
-    full = facts["full-backing-filename"]
+    full = facts.get("full-backing-filename", backing)
     lines = [f"backing file: {backing}" + (f" (actual path: {full})" if full != backing else "")]
     if "backing-filename-format" in facts:
         lines.append(f"backing file format: {facts['backing-filename-format']}")

@@ -126,14 +126,12 @@ async def _open_node(
     aio: str,
     force_share: bool,
 ) -> BlockDriverState:
-    if fmt is None:
-        fmt = await opener.probe(path)
-    if opener.drivers.find(fmt) is None or fmt in ("file", "host_device"):
-        raise ImageError(path, f"there is no image format '{fmt}'")
-    options = opener.image_options(
-        path, fmt, file_options={"aio": aio, "cache": CACHE_MODES[cache]}
+    return await opener.open_named(
+        path,
+        fmt=fmt,
+        options={"read-only": not writable, "force-share": force_share},
+        file_options={"aio": aio, "cache": CACHE_MODES[cache]},
     )
-    return await opener.open({**options, "read-only": not writable, "force-share": force_share})
 
 
 @asynccontextmanager

@@ -59,6 +59,12 @@ class ReceiveBuffer:
         self.start += arrived
         self.discard_left = length - arrived
 
+    def stop_expecting(self) -> None:
+        """Nobody wants the payload any more that is on its way: drop the rest of it."""
+        if self._expected is not None:
+            self.discard_left = len(self._expected)
+            self._expected = None
+
     def forget(self) -> None:
         """Nothing more is to be parsed: no payload is expected any more."""
         self._expected = None

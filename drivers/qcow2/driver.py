@@ -16,6 +16,7 @@ from blockemu.drivers.direct_map import PAGE_BYTES, PAGES_MAX, DirectMap
 from blockemu.drivers.drain import DrainedSection
 from blockemu.drivers.driver import BlockDriver, BlockStatus, RequestFlags
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.filename import is_json
 from blockemu.drivers.map_slot import MapSlot
 from blockemu.drivers.options import take_str
 from blockemu.drivers.qcow2 import resize, snapshot, status
@@ -52,6 +53,7 @@ class Qcow2Driver(BlockDriver):
     says); `snapshot` (an id or a name: show that one, read-only); those of options.py."""
 
     name = "qcow2"
+    has_backing = True
     supports_compressed_writes = True
 
     def __init__(self, node: Any, image: Image, file: BdrvChild, share: Share) -> None:
@@ -384,7 +386,7 @@ async def _open_backing(
     if backing is None:
         return None
     fmt = header.backing_format
-    if not fmt:
+    if not fmt and not is_json(backing):
         raise ImageError(
             name,
             f"doesn't say which format its backing file '{backing}' has, and guessing isn't safe; "
@@ -392,4 +394,4 @@ async def _open_backing(
         )
     if fmt == "file":
         fmt = "raw"
-    return await opener.open_backing(node, filename=backing, fmt=fmt)
+    return await opener.open_backing(node, filename=backing, fmt=fmt or None)
