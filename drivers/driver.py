@@ -68,9 +68,7 @@ class BlockDriver(ABC):
     """At the bottom of the graph: reads past its end are zeroes, writes past it make it grow."""
     supports_fua: ClassVar[bool] = False
     """`pwritev` and `pwrite_zeroes` honour FUA themselves; otherwise the node flushes."""
-    has_backing: ClassVar[bool] = False
-    """The format has backing files; then `backing` is an option, and None means none."""
-    supports_compressed_writes: ClassVar[bool] = False
+    supports_compressed_writes: bool = False
     """`pwritev` honours WRITE_COMPRESSED; otherwise it is never handed the flag."""
 
     host_file: HostFile | None = None
@@ -100,6 +98,12 @@ class BlockDriver(ABC):
     def names_other_file(cls, start: bytes) -> str | None:
         """A file that an image beginning with `start` would make us open as well, or None."""
         return None
+
+    @classmethod
+    def options_alone(cls, *, read_only: bool) -> dict[str, Any]:
+        """The options that keep an image from opening files that it names, as far as it can do
+        without them."""
+        return {}
 
     @property
     def request_alignment(self) -> int:

@@ -63,6 +63,7 @@ def parse_filename(name: str, file_options: Tree) -> Tree:
     """
     if is_json(name):
         tree = _parse_json(name)
+        _default_to_file(tree)
         _add_file_options(tree, file_options)
         return tree
     path = local_path(name)
@@ -92,21 +93,22 @@ def identity(name: str) -> str:
     return json.dumps(leaf, sort_keys=True)
 
 
-def resolve(name: str, *, above: str) -> str:
+def resolve(name: str, *, above: str, what: str = "backing file") -> str:
     """The name, from here, of the file that the image `above` calls `name`.
 
     A path is relative to the folder of the image that says it. Names of other kinds, and file names
-    inside a `json:` one, are the same from everywhere. Raises: ImageError.
+    inside a `json:` one, are the same from everywhere. `what` it is the name of, for messages.
+    Raises: ImageError.
     """
     if has_protocol(name):
         if not is_json(name) and not is_nbd_uri(name) and local_path(name) is None:
-            raise ImageError(above, f"backing file '{name}': Unknown protocol '{_protocol(name)}'")
+            raise ImageError(above, f"{what} '{name}': Unknown protocol '{_protocol(name)}'")
         return name
     if os.path.isabs(name):
         return name
     folder = local_path(above)
     if folder is None:
-        raise ImageError(above, f"backing file '{name}' is relative to what has no folder")
+        raise ImageError(above, f"{what} '{name}' is relative to what has no folder")
     return os.path.join(os.path.dirname(folder), name)
 
 
@@ -125,7 +127,9 @@ def parse_image_opts(text: str) -> Tree:
         if not equals or not key:
             raise ImageError(text, f"'{part}' isn't KEY=VALUE")
         flat[key] = value
-    return _unflattened(text, flat, depth=0)
+    tree = _unflattened(text, flat, depth=0)
+    _default_to_file(tree)
+    return tree
 
 
 def _parse_json(name: str) -> Tree:
@@ -165,6 +169,15 @@ def _unflattened(name: str, flat: Tree, *, depth: int) -> Tree:
         key: _unflattened(name, value, depth=depth + 1) if isinstance(value, dict) else value
         for key, value in nested.items()
     }
+
+
+def _default_to_file(tree: Tree) -> None:
+    """A `file` that has a name and no driver is a host file."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            if key == "file" and "filename" in value:
+                value.setdefault("driver", "file")
+            _default_to_file(value)
 
 
 def _add_file_options(tree: Tree, file_options: Tree) -> None:

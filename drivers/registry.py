@@ -49,6 +49,7 @@ _BUILT_IN = {
     "raw": "blockemu.drivers.raw:RawDriver",
 }
 
+_MADE_UP = "#block"
 _OF_ALL_BELOW = ("read-only", "force-share")
 
 
@@ -164,7 +165,7 @@ class Opener:
 
     def _made_up_name(self) -> str:
         self._serial += 1
-        return f"#block{self._serial:03d}"
+        return f"{_MADE_UP}{self._serial:03d}"
 
     async def open_child(
         self,
@@ -195,7 +196,7 @@ class Opener:
             if not node.parents and isinstance(options, dict):
                 await node.close()
             raise
-        if role & Role.DATA:
+        if name == "file" or (role & Role.DATA and parent.filename is None):
             parent.filename = node.filename
             parent.file_options = node.file_options
         return edge
@@ -221,7 +222,10 @@ class Opener:
         """
         image = parent.filename or parent.node_name
         name = resolve(filename, above=image)
-        own = identity(name)
+        try:
+            own = identity(name)
+        except ImageError as error:
+            raise ImageError(image, f"its backing file '{filename}': {error.reason}") from error
         chain = parent.backing_names | {identity(image)}
         if own in chain:
             raise ImageError(image, f"its backing file '{filename}' leads back to itself")
@@ -252,6 +256,9 @@ class Opener:
             if error.name in (name, own, local_path(name)):
                 reason = f"is the backing file of {image}: {error.reason}"
                 raise ImageError(error.name, reason) from error
+            if local_path(name) is None:
+                said = _about(name, error)
+                raise ImageError(image, f"its backing file '{filename}': {said.reason}") from error
             raise
         finally:
             parent.backing_names = own_names
@@ -291,10 +298,18 @@ class Opener:
 
         `options` are those of the image's node, `file_options` those of a host file below it. `fmt`
         None: found out, unless the name says it; an image that names other files is then refused.
-        `alone`: without its backing file, and not refused.
+        `alone`: without the files that it names, and not refused.
         Suspends: while images are read. Raises: ImageError.
         """
         tree = self.image_options(name, fmt, file_options=file_options)
+        try:
+            return await self._open_tree(name, tree, options, alone=alone)
+        except ImageError as error:
+            raise _about(name, error) from error
+
+    async def _open_tree(
+        self, name: str, tree: dict[str, Any], options: dict[str, Any], *, alone: bool
+    ) -> BlockDriverState:
         if "driver" in tree:
             return await self.open(self._with(tree, options, alone=alone))
         shared = {key: value for key, value in options.items() if key in _OF_ALL_BELOW}
@@ -312,8 +327,10 @@ class Opener:
         self, tree: dict[str, Any], options: dict[str, Any], *, alone: bool
     ) -> dict[str, Any]:
         driver = self.drivers.find(tree["driver"]) if isinstance(tree["driver"], str) else None
-        cut = {"backing": None} if alone and driver is not None and driver.has_backing else {}
-        return {**tree, **options, **cut}
+        tree |= options
+        if alone and driver is not None:
+            tree |= driver.options_alone(read_only=bool(options.get("read-only")))
+        return tree
 
     async def open_file(
         self, name: str, *, options: dict[str, Any], file_options: dict[str, Any]
@@ -402,6 +419,12 @@ class Opener:
                 )
             return fmt
         return "raw"
+
+
+def _about(name: str, error: ImageError) -> ImageError:
+    """The same failure under the image's name, where it has only a node's that was made up."""
+    made_up = error.name == "options" or error.name.startswith(_MADE_UP)
+    return ImageError(name, error.reason) if made_up else error
 
 
 def _take_policies(node: BlockDriverState, options: dict[str, Any]) -> None:

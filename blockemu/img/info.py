@@ -12,8 +12,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from blockemu.drivers.errors import ImageError
-from blockemu.drivers.filename import resolve
-from blockemu.drivers.registry import Opener
+from blockemu.drivers.filename import identity, is_json, resolve
+from blockemu.drivers.registry import BACKING_DEPTH_MAX, Opener
 from blockemu.img.session import run_session
 from blockemu.img.size import format_size
 from blockemu.img.snapshot_list import format_snapshots
@@ -48,6 +48,42 @@ def read_info(
     interrupt does: as `run_session`. Raises: ImageError.
     """
     return run_session(lambda opener: _read_info(opener, path, fmt, force_share), files=files)
+
+
+def read_chain_info(
+    path: str, *, fmt: str | None = None, force_share: bool = False, files: FileEngine | None = None
+) -> list[Facts]:
+    """Describe the image at `path`, its backing file, and so on. Otherwise as `read_info`.
+
+    An image whose format was only guessed may lead nowhere. Raises: ImageError, for a loop, too.
+    """
+    return run_session(lambda opener: _read_chain(opener, path, fmt, force_share), files=files)
+
+
+async def _read_chain(opener: Opener, path: str, fmt: str | None, force_share: bool) -> list[Facts]:
+    chain: list[Facts] = []
+    seen: set[str] = set()
+    name: str | None = path
+    while name is not None:
+        if identity(name) in seen:
+            raise ImageError(path, f"backing file '{name}' creates an infinite loop")
+        if len(seen) > BACKING_DEPTH_MAX:
+            raise ImageError(path, f"more than {BACKING_DEPTH_MAX} backing files in one chain")
+        seen.add(identity(name))
+        facts = await _read_info(opener, name, fmt, force_share)
+        chain.append(facts)
+        guessed = fmt is None and not is_json(name)
+        backing, fmt = facts.get("backing-filename"), facts.get("backing-filename-format")
+        if backing is None:
+            break
+        if guessed:
+            raise ImageError(
+                name,
+                f"names another file, '{backing}', and its format was only guessed: say "
+                f"-f {facts['format']} to describe both",
+            )
+        name = resolve(backing, above=facts["filename"])
+    return chain
 
 
 async def _read_info(opener: Opener, path: str, fmt: str | None, force_share: bool) -> Facts:
@@ -120,8 +156,8 @@ def _allocated_bytes(node: BlockDriverState) -> int | None:
         return None
 
 
-def format_json(facts: Facts) -> str:
-    """`--output json`."""
+def format_json(facts: Facts | list[Facts]) -> str:
+    """`--output json`, of one image or of a chain."""
     return json.dumps(facts, indent=4)
 
 
@@ -146,6 +182,11 @@ def format_human(facts: Facts) -> str:
         lines.append("Format specific information:")
         lines += _specific_lines(_in_order(specific), indent=1)
     return "\n".join(lines)
+
+
+def format_human_chain(chain: list[Facts]) -> str:
+    """`--output human`, of a chain."""
+    return "\n\n".join(format_human(facts) for facts in chain)
 
 
 def _backing_lines(facts: Facts) -> list[str]:

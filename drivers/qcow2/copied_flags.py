@@ -4,8 +4,8 @@
 A flag that is set too much lets a write change a snapshot's data in place; one that is missing
 costs a copy. Snapshots' own tables needn't have them right (specification: L1 table entry), so only
 the active ones are looked at. The same walk sets them right (`fix`), and takes the flag off
-compressed clusters, which may not have it at all. A table that lies over something else isn't
-written.
+compressed clusters, which may not have it at all. Clusters of an external data file aren't counted,
+and must have it. A table that lies over something else isn't written.
 """
 
 from __future__ import annotations
@@ -97,17 +97,19 @@ class CopiedFlags:
                     changed.append(run.at)
             elif run.value & OFFSET_MASK:
                 changed += await self._run(
-                    "L2 entry", offset, run.at, max(run.entries, 1), run.value, weight
-                )
+                    "L2 entry", offset, run.at, max(run.entries, 1), run.value, weight,
+                    counted=not self._header.has_data_file,
+                )  # fmt: skip
         if changed and fix:
             await self._flip(offset, words, changed)
 
     async def _run(
-        self, kind: str, table: int, index: int, entries: int, value: int, weight: int
-    ) -> list[int]:
-        """The entries of a run whose flag is wrong."""
+        self, kind: str, table: int, index: int, entries: int, value: int, weight: int,
+        *, counted: bool = True,
+    ) -> list[int]:  # fmt: skip
+        """The entries of a run whose flag is wrong. Not `counted`: each target has one name."""
         first = (value & OFFSET_MASK) >> self._bits
-        counts = await self._counts(first, entries)
+        counts = await self._counts(first, entries) if counted else b"\1" * entries
         if counts is None:
             return []
         copied = bool(value & COPIED)

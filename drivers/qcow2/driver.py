@@ -7,6 +7,7 @@ what happens in place, exclusive for what changes the mapping. A write tries in 
 
 from __future__ import annotations
 
+import errno
 import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self
@@ -15,12 +16,13 @@ from blockemu.drivers.child import Permission, Role
 from blockemu.drivers.direct_map import PAGE_BYTES, PAGES_MAX, DirectMap
 from blockemu.drivers.drain import DrainedSection
 from blockemu.drivers.driver import BlockDriver, BlockStatus, RequestFlags
-from blockemu.drivers.errors import ImageError
+from blockemu.drivers.errors import ImageError, io_error
 from blockemu.drivers.filename import is_json
 from blockemu.drivers.map_slot import MapSlot
 from blockemu.drivers.options import take_str
 from blockemu.drivers.qcow2 import resize, snapshot, status
 from blockemu.drivers.qcow2.compression import TYPE_NAMES
+from blockemu.drivers.qcow2.data_file import open_data_file
 from blockemu.drivers.qcow2.features import CORRUPT, DIRTY, LAZY_REFCOUNTS
 from blockemu.drivers.qcow2.header import MAGIC, Header, check_tables
 from blockemu.drivers.qcow2.header_file import read_header
@@ -50,10 +52,10 @@ MAP_PAGES_MIN = 4096
 
 class Qcow2Driver(BlockDriver):
     """Options: `file`; `backing` (a node, its options, or null for none; missing: as the header
-    says); `snapshot` (an id or a name: show that one, read-only); those of options.py."""
+    says); `data-file` (likewise, where the header says that there is one); `snapshot` (an id or a
+    name: show that one, read-only); those of options.py."""
 
     name = "qcow2"
-    has_backing = True
     supports_compressed_writes = True
 
     def __init__(self, node: Any, image: Image, file: BdrvChild, share: Share) -> None:
@@ -64,6 +66,7 @@ class Qcow2Driver(BlockDriver):
         self._file = file
         self._bits = image.layout.cluster_bits
         self._map_slot = MapSlot(self._make_map)
+        self.supports_compressed_writes = not image.header.has_data_file
         image.mark.refuse_writes = self._refuse_writes
 
     @classmethod
@@ -81,14 +84,17 @@ class Qcow2Driver(BlockDriver):
         header = await read_header(name, file)
         snapshots = await _read_snapshots(name, header, file)
         _choose_snapshot(name, header, snapshots, file, node, options)
+        data_child = await open_data_file(name, header, node, options, opener)
         share = opener.metadata_budget.new_share()
         try:
             own = take_options(name, options, header.layout, header.size, share, unmap=node.unmap)
             image = await open_image(
                 name, header, file, read_only=node.read_only, options=own,
-                buffers=lambda: node.ctx.buffers,
+                buffers=lambda: node.ctx.buffers, data_child=data_child,
             )  # fmt: skip
             image.header_file.snapshots = snapshots
+            if not node.read_only:
+                await image.overlaps.places.read_inactive()
             image.reader.backing = await _open_backing(name, header, node, options, opener)
         except BaseException:
             share.release()
@@ -103,6 +109,11 @@ class Qcow2Driver(BlockDriver):
     @classmethod
     def names_other_file(cls, start: bytes) -> str | None:
         return names_other_file(start)
+
+    @classmethod
+    def options_alone(cls, *, read_only: bool) -> dict[str, Any]:
+        # Without its data file it can't be written to.
+        return {"backing": None, "data-file": None} if read_only else {"backing": None}
 
     @property
     def length_bytes(self) -> int:
@@ -143,6 +154,8 @@ class Qcow2Driver(BlockDriver):
 
     async def _write_compressed(self, offset: int, view: memoryview) -> None:
         image = self.image
+        if image.data_file is not None:
+            raise io_error(errno.ENOTSUP, f"{image.name}: compressed writes to a data file")
         image.compressor.check(offset, len(view))
         first, last = offset >> self._bits, (offset + len(view) - 1) >> self._bits
         held = await image.locks.exclusive(first, last)
@@ -215,12 +228,15 @@ class Qcow2Driver(BlockDriver):
         image = self.image
         if self.node.read_only:
             raise ImageError(image.name, "its snapshots can't be changed: it is open read-only")
+        if image.data_file is not None:
+            raise ImageError(image.name, "has an external data file, so it can't have snapshots")
         async with DrainedSection(self.node), self._map_slot.shut():
             image.reader.direct_map = None
             held = await image.locks.exclusive(0, GUEST_CLUSTER_MAX)
             try:
                 async with image.mutex:
                     yield
+                    await image.overlaps.places.read_inactive()
             finally:
                 image.locks.release(held)
 
@@ -280,16 +296,16 @@ class Qcow2Driver(BlockDriver):
         self.image.reader.direct_map = self._map_slot.map
 
     def _make_map(self) -> tuple[DirectMap, BlockDriverState] | None:
-        file = self.image.file
-        host = file.host_file
+        data = self.image.data
+        host = data.mapped_file
         if host is None or self.cluster_size < host.request_alignment:
             return None
         made = DirectMap(
             host, page_bits=self._bits, length=self.length_bytes, pages_max=self._pages_max
         )
         self.image.reader.direct_map = made
-        self.image.reader.maps_writes = self.node.maps_writes and file.child.node.maps_writes
-        return made, file.child.node
+        self.image.reader.maps_writes = self.node.maps_writes and data.node.maps_writes
+        return made, data.node
 
     def info(self) -> dict[str, Any]:
         header = self.image.header
@@ -299,6 +315,10 @@ class Qcow2Driver(BlockDriver):
             "refcount-bits": self.image.layout.refcount_bits,
         }
         if header.version == 3:
+            if header.data_file is not None:
+                data["data-file"] = header.data_file
+            if header.has_data_file:
+                data["data-file-raw"] = header.data_file_is_raw
             data["lazy-refcounts"] = bool(header.compatible_features & LAZY_REFCOUNTS)
             data["corrupt"] = bool(header.incompatible_features & CORRUPT)
             data["extended-l2"] = False
@@ -336,6 +356,8 @@ def _choose_snapshot(
     wanted = take_str(name, options, "snapshot", None)
     if wanted is None:
         return
+    if header.has_data_file:
+        raise ImageError(name, "has an external data file, so it can't have snapshots")
     if not node.read_only:
         raise ImageError(name, f"snapshot '{wanted}' can only be opened read-only")
     found = snapshots.find(wanted)

@@ -20,10 +20,13 @@ from blockemu.loop.coroutine import run_on_fresh_stack
 from blockemu.loop.sync import gather
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from blockemu.drivers.child import BdrvChild
     from blockemu.drivers.direct_map import DirectMap
     from blockemu.drivers.qcow2.compression import Decompressor
     from blockemu.drivers.qcow2.damage import DamageLog
+    from blockemu.drivers.qcow2.guest_data import GuestData
     from blockemu.drivers.qcow2.image_file import ImageFile
     from blockemu.drivers.qcow2.layout import Layout
 
@@ -34,6 +37,10 @@ PUBLISH_MAX = 256
 """Clusters published for one request: keeps a huge one from filling the map by itself."""
 
 
+HOST_CLUSTERS_MAX = 1 << 55
+"""More than any file has."""
+
+
 class GuestReader:
     """Reads what the guest would see. `direct_map` is set while there is one."""
 
@@ -42,6 +49,7 @@ class GuestReader:
         layout: Layout,
         *,
         file: ImageFile,
+        data: GuestData,
         clusters: ClusterMap,
         backing: BdrvChild | None,
         decompress: Decompressor,
@@ -51,9 +59,12 @@ class GuestReader:
         self.direct_map: DirectMap | None = None
         self.maps_writes = False
         """The direct map may take writes, where a cluster may be written in place."""
+        self.used_end: Callable[[], int] = lambda: HOST_CLUSTERS_MAX
+        """Behind the last host cluster that was ever in use."""
         self._layout = layout
         self._mask = layout.cluster_size - 1
         self._file = file
+        self._data = data
         self._clusters = clusters
         self._decompress = decompress
         self._damage = damage
@@ -68,7 +79,7 @@ class GuestReader:
             extent = await self._clusters.resolve(offset, length)
         if extent.length == length:
             if extent.kind is Kind.DATA:
-                await self._file.read(extent.host, view)
+                await self._data.read(extent.host, view, offset)
                 self.publish(extent, offset)
             else:
                 await self._read_extent(extent, offset, view)
@@ -99,12 +110,22 @@ class GuestReader:
         inside = offset & self._mask
         guest, host = offset - inside, extent.host - inside
         end = min(offset + extent.length, guest + PUBLISH_MAX * size)
-        writable = extent.writable and self.maps_writes
+        writable = (
+            extent.writable
+            and self.maps_writes
+            and self._data.takes_writes(host, min(extent.length + inside, PUBLISH_MAX * size))
+        )
         publish = self.direct_map.publish
-        while guest < end and host + size <= self._file.length:
+        # Only what was ever in use: what will be used next is no guest's yet (overlap_check.py).
+        host_end = min(self._data.length, self.used_end() << self._layout.cluster_bits)
+        while guest < end and host + size <= host_end:
             publish(guest, host, writable=writable)
             guest += size
             host += size
+
+    def is_mapped(self, host: int, length: int) -> bool:
+        """Whether the direct map leads into this host range. Slow; suspends: never."""
+        return self.direct_map is not None and self.direct_map.leads_into(host, length)
 
     def forget_unpacked(self) -> None:
         """Where compressed clusters have been there may be something else from now on."""
@@ -113,7 +134,7 @@ class GuestReader:
     async def _read_extent(self, extent: Extent, offset: int, view: memoryview) -> None:
         kind = extent.kind
         if kind is Kind.DATA:
-            await self._file.read(extent.host, view)
+            await self._data.read(extent.host, view, offset)
             self.publish(extent, offset)
         elif kind is Kind.COMPRESSED:
             cluster = await self._unpack(extent.host)

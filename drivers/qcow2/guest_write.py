@@ -24,8 +24,8 @@ from blockemu.loop.sync import Mutex, gather
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from blockemu.drivers.qcow2.guest_data import GuestData
     from blockemu.drivers.qcow2.guest_read import GuestReader
-    from blockemu.drivers.qcow2.image_file import ImageFile
     from blockemu.drivers.qcow2.refcount import Refcounts
     from blockemu.drivers.qcow2.table_cache import Slice
     from blockemu.loop.buffers import BufferPool
@@ -57,7 +57,7 @@ class GuestWriter:
         self,
         layout: Layout,
         *,
-        file: ImageFile,
+        data: GuestData,
         clusters: ClusterMap,
         refcounts: Refcounts,
         writer: MetadataWriter,
@@ -69,7 +69,7 @@ class GuestWriter:
         self.disk_bytes = disk_bytes
         self._bits = layout.cluster_bits
         self._size = layout.cluster_size
-        self._file = file
+        self._data = data
         self._clusters = clusters
         self._refcounts = refcounts
         self._writer = writer
@@ -88,7 +88,7 @@ class GuestWriter:
         if extent.kind is not Kind.DATA or not extent.writable:
             return False
         if extent.length == length:
-            await self._file.write(extent.host, view)
+            await self._data.write(extent.host, view, offset)
             self._reader.publish(extent, offset)
             return True
         pieces: list[tuple[Extent, int, memoryview]] = []
@@ -107,7 +107,7 @@ class GuestWriter:
         return True
 
     async def _write_extent(self, extent: Extent, offset: int, view: memoryview) -> None:
-        await self._file.write(extent.host, view)
+        await self._data.write(extent.host, view, offset)
         self._reader.publish(extent, offset)
 
     # --- anywhere ---
@@ -149,7 +149,7 @@ class GuestWriter:
         found = await self._clusters.load(cluster)
         run, reused, replaces_data = self._run(found, cluster, count)
         if reused:
-            await self._file.cover((reused + run) << self._bits)
+            await self._data.cover((reused + run) << self._bits)
             return Target(reused, run, reads_zero=False, taken=False, replaces_data=False)
         taken = await self._refcounts.allocate(run)
         return Target(
@@ -204,9 +204,9 @@ class GuestWriter:
         head = offset & (self._size - 1)
         tail = length - head - len(view)
         if not head and not tail:
-            await self._file.write(host, view)
+            await self._data.write(host, view, offset)
         elif target.reads_zero and await self._zeroes_around(offset, view, head, tail):
-            await self._write_sparsely(host, head, view)
+            await self._write_sparsely(host, offset, view, head)
         elif length <= max(MERGE_BYTES, 2 * self._size):
             await self._write_merged(host, offset, view, head, tail)
         else:
@@ -221,12 +221,12 @@ class GuestWriter:
                     return False
         return True
 
-    async def _write_sparsely(self, host: int, head: int, view: memoryview) -> None:
-        granule = self._file.granule
+    async def _write_sparsely(self, host: int, offset: int, view: memoryview, head: int) -> None:
+        granule = self._data.granule
         start = head // granule * granule
         end = round_up(head + len(view), granule)
         if end - start == len(view):
-            await self._file.write(host + head, view)
+            await self._data.write(host + head, view, offset)
             return
         buffer = self._buffers().take(end - start)
         try:
@@ -234,7 +234,7 @@ class GuestWriter:
             padded[: head - start] = bytes(head - start)
             padded[head - start : head - start + len(view)] = view
             padded[head - start + len(view) :] = bytes(end - head - len(view))
-            await self._file.write(host + start, padded)
+            await self._data.write(host + start, padded, offset - head + start)
         finally:
             self._buffers().give(buffer)
 
@@ -248,7 +248,7 @@ class GuestWriter:
             await self._read_around(offset - head, merged[:head])
             merged[head : head + len(view)] = view
             await self._read_around(offset + len(view), merged[head + len(view) :])
-            await self._file.write(host, merged)
+            await self._data.write(host, merged, offset - head)
         finally:
             self._buffers().give(buffer)
 
@@ -258,7 +258,7 @@ class GuestWriter:
         """A long run: its ragged ends copied together, its middle from the request's buffer."""
         start = self._size - head if head else 0
         stop = len(view) - (self._size - tail if tail else 0)
-        parts = [self._file.write(host + head + start, view[start:stop])]
+        parts = [self._data.write(host + head + start, view[start:stop], offset + start)]
         if head:
             parts.append(self._write_merged(host, offset, view[:start], head, 0))
         if tail:

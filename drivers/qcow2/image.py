@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """An open image: all the parts of this folder, put together over one file.
 
-Who needs whom, bottom up: `file` (image_file.py); the caches and root tables; the metadata writer,
-which writes them back in order; the refcounts; the cluster map; and on top those that do the
-guest's work: reader, writers (plain, compressed), eraser. `locks` keeps guest clusters apart,
-`mutex` the metadata: whoever allocates, creates or copies a table holds it.
+Who needs whom, bottom up: `file` (image_file.py), and through it `data` (guest_data.py); the
+caches and root tables; the metadata writer, which writes them back in order; the refcounts; the
+cluster map; and on top those that do the guest's work: reader, writers (plain, compressed), eraser.
+`locks` keeps guest clusters apart, `mutex` the metadata: whoever allocates, creates or copies a
+table holds it.
 """
 
 from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.errors import ImageError
@@ -19,8 +21,11 @@ from blockemu.drivers.qcow2.cluster_map import ClusterMap
 from blockemu.drivers.qcow2.compression import compressor, decompressor
 from blockemu.drivers.qcow2.corrupt_mark import CorruptMark
 from blockemu.drivers.qcow2.damage import DamageLog
-from blockemu.drivers.qcow2.features import DIRTY
+from blockemu.drivers.qcow2.data_clusters import DataFileEraser, DataFileMap, DataFileWriter
+from blockemu.drivers.qcow2.data_file import ClosedDataFile, DataFile
+from blockemu.drivers.qcow2.features import DIRTY, RAW_DATA
 from blockemu.drivers.qcow2.guest_compress import GuestCompressor
+from blockemu.drivers.qcow2.guest_data import GuestData
 from blockemu.drivers.qcow2.guest_erase import GuestEraser
 from blockemu.drivers.qcow2.guest_read import GuestReader
 from blockemu.drivers.qcow2.guest_write import GuestWriter
@@ -28,7 +33,9 @@ from blockemu.drivers.qcow2.header import Header, check_tables, check_writable
 from blockemu.drivers.qcow2.header_file import HeaderFile
 from blockemu.drivers.qcow2.image_file import ImageFile
 from blockemu.drivers.qcow2.layout import Layout
+from blockemu.drivers.qcow2.metadata_places import MetadataPlaces
 from blockemu.drivers.qcow2.metadata_writer import MetadataWriter
+from blockemu.drivers.qcow2.overlap_check import OverlapCheck
 from blockemu.drivers.qcow2.packed_space import PackedSpace
 from blockemu.drivers.qcow2.refcount import Refcounts
 from blockemu.drivers.qcow2.refcount_width import RefcountWidth
@@ -52,6 +59,7 @@ class Image:
     name: str
     layout: Layout
     file: ImageFile
+    data: GuestData
     header_file: HeaderFile
     l1: RootTable
     l2: TableCache
@@ -67,7 +75,10 @@ class Image:
     locks: ClusterLocks
     mutex: Mutex
     mark: CorruptMark
+    overlaps: OverlapCheck
     damage: DamageLog
+    data_file: DataFile | None = None
+    """The file that `data` is in, if that is not `file`."""
     preallocated: bool | None = None
     """Clusters may be holes in the file (preallocation.py); None until somebody asks."""
 
@@ -87,6 +98,8 @@ class Image:
         that can't be written any more.
         """
         if self.mark.is_done and not self.writer.is_dirty:
+            if self.data_file is not None:
+                await self.data_file.flush()
             await self.file.flush()
             return
         await self.writer.flush()
@@ -110,6 +123,7 @@ async def open_image(
     read_only: bool,
     options: Options,
     buffers: Callable[[], BufferPool],
+    data_child: BdrvChild | None = None,
 ) -> Image:
     """Judge and read the root tables, and put the parts together. Raises: ImageError.
 
@@ -129,9 +143,12 @@ async def open_image(
             header.refcount_table_offset,
             (header.refcount_table_clusters << layout.cluster_bits) // ENTRY_BYTES,
         )
-        image = _assemble(name, header, file, l1, reftable, options, buffers)
+        data_file = None
+        if data_child is not None:
+            data_file = DataFile(data_child, header=header, name=name)
+        image = _assemble(name, header, file, data_file, l1, reftable, options, buffers)
         if not read_only:
-            await image.header_file.clear_autoclear()
+            await image.header_file.keep_autoclear(RAW_DATA if header.has_data_file else 0)
     except OSError as error:
         raise ImageError.from_os_error(name, error) from error
     return image
@@ -149,6 +166,7 @@ def _assemble(
     name: str,
     header: Header,
     file: ImageFile,
+    data_file: DataFile | None,
     l1: RootTable,
     reftable: RootTable,
     options: Options,
@@ -169,23 +187,39 @@ def _assemble(
         bytes_max=options.l2_cache_bytes, write_back=writer.write_back,
     )  # fmt: skip
     writer.attach(blocks=blocks, reftable=reftable, l2=l2, l1=l1)
+    places = MetadataPlaces(
+        layout, file=file, header=header_file, writer=writer, kinds=options.overlap_checks
+    )
+    overlaps = OverlapCheck(places, cluster_bits=layout.cluster_bits, damage=damage, mark=mark)
     refcounts = Refcounts(
         layout, file=file, cache=blocks, table=reftable, width=width, writer=writer,
-        header=header_file, damage=damage, mark=mark, pass_discard=options.pass_discard,
+        header=header_file, damage=damage, mark=mark, overlaps=overlaps,
+        pass_discard=options.pass_discard,
     )  # fmt: skip
-    clusters = ClusterMap(
-        layout, file=file, l1=l1, l2=l2, refcounts=refcounts, writer=writer, damage=damage
-    )
+    map_class = DataFileMap if header.has_data_file else ClusterMap
+    clusters = map_class(
+        layout, file=file, l1=l1, l2=l2, refcounts=refcounts, writer=writer, overlaps=overlaps,
+        damage=damage,
+    )  # fmt: skip
     mutex = Mutex()
+    data = _guest_data(header, file, data_file, writer, overlaps)
     reader = GuestReader(
-        layout, file=file, clusters=clusters, backing=None,
+        layout, file=file, data=data, clusters=clusters, backing=None,
         decompress=decompressor(name, header.compression_type), damage=damage,
     )  # fmt: skip
-    guest_writer = GuestWriter(
-        layout, file=file, clusters=clusters, refcounts=refcounts, writer=writer, reader=reader,
+    if data_file is None:
+        reader.used_end = lambda: refcounts.used_end
+        overlaps.is_mapped = reader.is_mapped
+    writer_class = GuestWriter if data_file is None else DataFileWriter
+    guest_writer = writer_class(
+        layout, data=data, clusters=clusters, refcounts=refcounts, writer=writer, reader=reader,
         mutex=mutex, buffers=buffers, disk_bytes=header.size,
     )  # fmt: skip
-    eraser = GuestEraser(
+    make_eraser: Callable[..., GuestEraser] = GuestEraser
+    if data_file is not None:
+        pass_discard = options.pass_discard
+        make_eraser = partial(DataFileEraser, file=data_file, pass_discard=pass_discard)
+    eraser = make_eraser(
         layout, clusters=clusters, writer=writer, reader=reader, guest_writer=guest_writer,
         mutex=mutex,
     )  # fmt: skip
@@ -197,9 +231,25 @@ def _assemble(
         compress=compressor(name, header.compression_type),
     )  # fmt: skip
     return Image(
-        name=name, layout=layout, file=file, header_file=header_file,
+        name=name, layout=layout, file=file, data=data, header_file=header_file,
         l1=l1, l2=l2, reftable=reftable, blocks=blocks, writer=writer,
         refcounts=refcounts, clusters=clusters, reader=reader, guest_writer=guest_writer,
         eraser=eraser, compressor=packer, locks=ClusterLocks(), mutex=mutex, mark=mark,
-        damage=damage,
+        overlaps=overlaps, damage=damage, data_file=data_file,
+        preallocated=None if data_file is None else data_file.is_raw,
     )  # fmt: skip
+
+
+def _guest_data(
+    header: Header,
+    file: ImageFile,
+    data_file: DataFile | None,
+    writer: MetadataWriter,
+    overlaps: OverlapCheck,
+) -> GuestData:
+    if not header.has_data_file:
+        return GuestData(file, overlaps)
+    if data_file is None:
+        return ClosedDataFile(file)
+    writer.attach_data_file(data_file.flush)
+    return GuestData(data_file)

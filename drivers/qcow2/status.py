@@ -40,7 +40,7 @@ async def block_status(image: Image, offset: int, length: int) -> BlockStatus:
 
 async def _with_holes(image: Image, status: BlockStatus, host: int) -> BlockStatus:
     """What the file says of clusters that it may never have been given."""
-    child = image.file.child
+    child = image.data.file.child
     inside = min(status.length, child.length_bytes - host)
     if inside <= 0:
         return status._replace(zero=True)
@@ -64,11 +64,11 @@ def _describe(image: Image, extent: Extent, offset: int, length: int) -> BlockSt
     if kind is Kind.DATA:
         return BlockStatus(
             length, data=True, zero=False, host_offset=extent.host,
-            file=image.file.child.node.filename,
+            file=image.data.node.filename,
         )  # fmt: skip
     if kind is Kind.ZERO_ALLOCATED:
         return BlockStatus(
             length, data=False, zero=True, host_offset=extent.host,
-            file=image.file.child.node.filename,
+            file=image.data.node.filename,
         )  # fmt: skip
     return BlockStatus(length, data=not zero, zero=zero)

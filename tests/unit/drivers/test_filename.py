@@ -43,6 +43,10 @@ FILE = {"aio": "threads"}
             {"driver": "qcow2", "file": {"driver": "file", "filename": "x", "aio": "native"}},
         ),
         (
+            'json:{"driver":"raw","file.filename":"x"}',
+            {"driver": "raw", "file": {"driver": "file", "filename": "x", "aio": "threads"}},
+        ),
+        (
             'json:{"file.driver":"file","file.filename":"x","file.cache.direct":true}',
             {"file": {"driver": "file", "filename": "x", "cache": {"direct": True},
                       "aio": "threads"}},
