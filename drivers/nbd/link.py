@@ -195,7 +195,9 @@ class NbdLink:
     # --- the next times ---
 
     def _on_lost(self, lost: ConnectionLost) -> None:
-        log.warning("%s", lost.reason)
+        # Where nothing waits for the next connection, what fails says it.
+        waited_for = bool(self._reconnect_delay_ns) and not lost.final
+        log.log(logging.WARNING if waited_for else logging.INFO, "%s", lost.reason)
         self._connection = None
         self._lost_why = lost.reason.removeprefix(f"{self.name}: ")
         self._waiting_ends_ns = self._ctx.now_ns() + self._reconnect_delay_ns
