@@ -21,7 +21,6 @@ from blockemu.drivers.nbd.protocol import (
     Option,
     Reply,
 )
-from tests.peers.process import nbd_uri
 
 Serve = Callable[["Client"], None]
 SIZE = 1 << 20
@@ -91,13 +90,16 @@ class Client:
 class ScriptedNbd:
     """Calls `serve` with each client, one after the other, until the block ends."""
 
-    def __init__(self, socket_path: Path, serve: Serve) -> None:
-        self.uri = nbd_uri(socket_path)
+    def __init__(self, where: Path | socket.socket, serve: Serve) -> None:
+        """`where`: the path of a new unix socket, or a socket that listens."""
         self.clients = 0
         self._serve = serve
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(socket_path))
-        self._listener.listen(16)
+        if isinstance(where, Path):
+            self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._listener.bind(str(where))
+            self._listener.listen(16)
+        else:
+            self._listener = where
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
