@@ -190,6 +190,11 @@ class BlockDriver(ABC):
         name = self.node.filename or self.node.node_name
         return ImageError(name, f"format {self.name} has no internal snapshots")
 
+    def cancel_in_flight(self) -> None:
+        """Requests that wait for somebody who may never answer, such as a server, fail with EIO
+        soon, and so do all later ones. The default has nobody to wait for."""
+        return
+
     async def close(self) -> None:
         """Let go of everything. The node is quiet and flushed; children are closed by the node."""
         return

@@ -2,7 +2,8 @@
 """What the img subcommands share: a loop for the time of one command, and images opened in it.
 
 Ctrl-C doesn't tear a command from the middle of a step: the command's task is cancelled, closes its
-images (and removes what it had half made), and then the interrupt goes on to the caller.
+images (and removes what it had half made), and then the interrupt goes on to the caller. A second
+one no longer waits for servers that don't answer.
 """
 
 from __future__ import annotations
@@ -46,8 +47,20 @@ def run_session(
     ctx = AioContext("main")
     ctx.adopt()
     try:
-        task = ctx.spawn(work(Opener(files=files or PosixFiles(), ctx=ctx)))
-        watcher = SignalWatcher(ctx, (signal.SIGINT,), lambda signum: task.cancel())
+        opener = Opener(files=files or PosixFiles(), ctx=ctx)
+        interrupts = 0
+
+        def interrupt(signum: int) -> None:
+            nonlocal interrupts
+            interrupts += 1
+            if interrupts == 1:
+                task.cancel()
+            else:
+                for node in opener.nodes.values():
+                    node.driver.cancel_in_flight()
+
+        task = ctx.spawn(work(opener))
+        watcher = SignalWatcher(ctx, (signal.SIGINT,), interrupt)
         try:
             while not task.done():
                 ctx.poll(blocking=True)

@@ -201,6 +201,9 @@ class NbdDriver(BlockDriver):
 
     # --- its life ---
 
+    def cancel_in_flight(self) -> None:
+        self._link.give_up("interrupted")
+
     async def close(self) -> None:
         await self._link.close()
 

@@ -233,6 +233,13 @@ class NbdLink:
         self._reconnecting = None
         self._changed.wake_all()
 
+    def give_up(self, reason: str) -> None:
+        """Fail what is in flight and what waits, and all that comes."""
+        self._given_up = reason
+        if self._connection is not None:
+            self._connection.drop(reason, final=True)
+        self._changed.wake_all()
+
     # --- moves and the end ---
 
     def detach(self) -> None:

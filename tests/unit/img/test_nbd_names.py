@@ -4,6 +4,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -301,3 +305,35 @@ def test_errors_of_the_server_are_one_line(
         assert result.code == 1
         assert result.err.count("\n") == 1
         assert str(tmp_path / "sock") in result.err
+
+
+@pytest.mark.parametrize("writes", [False, True], ids=["read", "write"])
+def test_second_interrupt_leaves_a_server_that_never_answers(writes: bool, tmp_path: Path) -> None:
+    """The first one waits for what is in flight, as for any image."""
+    asked = threading.Event()
+
+    def serve(client: Client) -> None:
+        client.negotiate()
+        client.request()
+        asked.set()
+        while client.receive(1):
+            pass
+
+    disk = tmp_path / "disk"
+    disk.write_bytes(random_bytes(6, MIB))
+    with ScriptedNbd(tmp_path / "sock", serve):
+        names = [f"nbd+unix://?socket={tmp_path / 'sock'}", str(tmp_path / "target")]
+        more = ["-n", str(disk), names[0]] if writes else names
+        command = [sys.executable, "-m", "blockemu", "img", "convert", "-f", "raw", *more]
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as child:
+            assert asked.wait(30)
+            while child.poll() is None:
+                child.send_signal(signal.SIGINT)
+                try:
+                    child.wait(0.1)
+                except subprocess.TimeoutExpired:
+                    continue
+            assert child.stderr is not None
+            assert child.stderr.read().count(b"\n") <= 1
+        assert child.returncode != 0
+    assert not (tmp_path / "target").exists()
