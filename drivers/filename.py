@@ -132,6 +132,11 @@ def parse_image_opts(text: str) -> Tree:
     return tree
 
 
+def name_of_image_opts(text: str) -> str:
+    """The `json:` name that means the same as `--image-opts TEXT`. Raises: ImageError."""
+    return _JSON + json.dumps(parse_image_opts(text))
+
+
 def _parse_json(name: str) -> Tree:
     text = name.removeprefix(_JSON)
     if len(text) > JSON_BYTES_MAX:

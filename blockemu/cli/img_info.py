@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import click
 
-from blockemu.cli.image_options import format_option, output_option
+from blockemu.cli.image_options import format_option, image_opts_option, output_option
 from blockemu.cli.verbosity import verbose_option
 
 EPILOG = """
@@ -35,6 +35,7 @@ Examples:
 @click.argument("filename", metavar="FILE")
 @click.help_option("-h", "--help")
 @verbose_option
+@image_opts_option("filename")
 def info(
     fmt: str | None, output: str, force_share: bool, backing_chain: bool, filename: str
 ) -> None:

@@ -119,6 +119,22 @@ def test_backing_file_is_named_from_the_current_folder(
     assert Path("raw").read_bytes()[:513] == b"\1" * 512 + b"r"
 
 
+def test_image_opts_are_what_they_are_to_qemu_img(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    opts = "driver=qcow2,file.filename=disk.qcow2"
+    for command in ("info", "map", "measure -O qcow2", "check"):
+        words = (*command.split(), "--image-opts", opts)
+        assert ours(capfd, *words).out == theirs(*words).out
+    our_output("convert", "--image-opts", opts, "target")
+    assert theirs("compare", "target", "disk.qcow2").code == 0
+    assert ours(capfd, "info", "--image-opts", "-f", "raw", opts).code == 2
+    for bad, reason in (("nonsense", "isn't KEY=VALUE"), ("driver=raw,x=y", "'file' is missing")):
+        result = ours(capfd, "info", "--image-opts", bad)
+        assert (result.code, result.err.count("\n")) == (1, 1)
+        assert reason in result.err
+
+
 def test_a_chain_is_described_as_qemu_img_does(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
