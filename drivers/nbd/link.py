@@ -216,7 +216,7 @@ class NbdLink:
 
     async def _keep_trying(self) -> None:
         pause_ns = FIRST_PAUSE_NS
-        while True:
+        while self._given_up is None:
             await sleep_ns(pause_ns)
             pause_ns = min(pause_ns * 2, LAST_PAUSE_NS)
             try:
@@ -227,6 +227,9 @@ class NbdLink:
             except (OSError, NegotiationError) as error:
                 log.info("%s: no new connection yet: %s", self.name, _reason(error))
                 continue
+            if self._given_up is not None:
+                connection.close()
+                break
             log.warning("%s: connected again", self.name)
             self._adopt(connection)
             break

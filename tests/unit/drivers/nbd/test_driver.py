@@ -319,6 +319,28 @@ def test_requests_wait_for_the_delay_and_then_fail(
         assert 1e9 <= ctx.now_ns() - begin_ns < 10e9
 
 
+def test_a_node_that_is_given_up_takes_no_new_connection(
+    ctx: AioContext, opener: Opener, tmp_path: Path
+) -> None:
+    """The second server comes back while the node has been told to wait for nobody."""
+
+    def serve(client: Client) -> None:
+        if server.clients == 2:
+            ctx.schedule_oneshot(node.driver.cancel_in_flight)
+        client.negotiate()
+        client.request()
+
+    options = {"reconnect-delay": 3600}
+    with (
+        ScriptedNbd(tmp_path / "s", serve) as server,
+        opened(ctx, opener, tmp_path / "s", **options) as node,
+    ):
+        with pytest.raises(OSError, match="interrupted"):
+            read(ctx, node, 0, 512)
+        with pytest.raises(OSError, match="interrupted"):
+            read(ctx, node, 0, 512)
+
+
 def test_opening_tries_for_its_timeout(ctx: AioContext, opener: Opener, tmp_path: Path) -> None:
     path = tmp_path / "s"
     with ExitStack() as servers:
