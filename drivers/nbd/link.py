@@ -216,7 +216,7 @@ class NbdLink:
 
     async def _keep_trying(self) -> None:
         pause_ns = FIRST_PAUSE_NS
-        while self._given_up is None:
+        while not self._is_given_up():
             await sleep_ns(pause_ns)
             pause_ns = min(pause_ns * 2, LAST_PAUSE_NS)
             try:
@@ -227,7 +227,7 @@ class NbdLink:
             except (OSError, NegotiationError) as error:
                 log.info("%s: no new connection yet: %s", self.name, _reason(error))
                 continue
-            if self._given_up is not None:
+            if self._is_given_up():
                 connection.close()
                 break
             log.warning("%s: connected again", self.name)
@@ -235,6 +235,9 @@ class NbdLink:
             break
         self._reconnecting = None
         self._changed.wake_all()
+
+    def _is_given_up(self) -> bool:
+        return self._given_up is not None
 
     def give_up(self, reason: str) -> None:
         """Fail what is in flight and what waits, and all that comes."""
