@@ -220,10 +220,8 @@ def _assemble(
     if data_file is None:
         reader.used_end = lambda: refcounts.used_end
         overlaps.is_mapped = reader.is_mapped
-    make_writer: Callable[..., GuestWriter] = GuestWriter
-    if data_file is not None:
-        make_writer = partial(DataFileWriter, file=data_file)
-    guest_writer = make_writer(
+    writer_class = GuestWriter if data_file is None else DataFileWriter
+    guest_writer = writer_class(
         layout, data=data, clusters=clusters, refcounts=refcounts, writer=writer, reader=reader,
         mutex=mutex, buffers=buffers, disk_bytes=header.size,
     )  # fmt: skip
