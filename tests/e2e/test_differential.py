@@ -63,6 +63,13 @@ VARIANTS = {
     "compressed": Variant(4 * MIB, 64 * KIB, compressed=True),
     "snapshot": Variant(4 * MIB, 64 * KIB, snapshot=True),
     "snapshot-small-clusters-direct": Variant(3 * MIB, 2 * KIB, snapshot=True, cache="direct"),
+    "subclusters": Variant(8 * MIB + 512, 64 * KIB, {"extended_l2": "on"}),
+    "subclusters-direct": Variant(6 * MIB, 16 * KIB, {"extended_l2": "on"}, cache="direct"),
+    "subclusters-snapshot": Variant(4 * MIB, 32 * KIB, {"extended_l2": "on"}, snapshot=True),
+    "subclusters-compressed": Variant(4 * MIB, 64 * KIB, {"extended_l2": "on"}, compressed=True),
+    "subclusters-with-base": Variant(
+        6 * MIB, 128 * KIB, {"extended_l2": "on"}, backing=(("qcow2", 5 * MIB + 512),)
+    ),
     "raw-base": Variant(6 * MIB, 64 * KIB, backing=(("raw", 6 * MIB),)),
     "short-raw-base": Variant(6 * MIB, 16 * KIB, backing=(("raw", 3 * MIB + 777),)),
     "long-qcow2-base-direct": Variant(

@@ -98,6 +98,8 @@ REFUSALS = {
     "compat=0.10 -o lazy_refcounts=on": "lazy_refcounts=on takes version 3",
     "compat=1.1 -o cluster_size=4k": "option 'cluster_size' is for new images only",
     "compat=1.1 -o refcount_bits=8": "option 'refcount_bits' is for new images only",
+    "extended_l2=on -o extended_l2=off": "option 'extended_l2' is for new images only",
+    "extended_l2=on -o compat=0.10": "compat=0.10), which has no extended L2 entries",
     "compat=1.1 -o nope=1": "format qcow2 has no option 'nope'",
     "compat=1.1 -o compat=2": "'compat'",
     "compat=1.1 -o size=1k": "has 1048576 bytes and can't be made smaller by amend",
