@@ -76,7 +76,7 @@ WHOLE_CLUSTER_PARTS = Parts()
 SUBCLUSTER_PARTS = Parts(
     ExtendedTableCache, SubclusterMap, SubclusterReader, SubclusterWriter, SubclusterEraser
 )
-DATA_FILE_PARTS = Parts(clusters=DataFileMap)
+DATA_FILE_PARTS = Parts(clusters=DataFileMap, guest_writer=DataFileWriter)
 
 
 @dataclass(slots=True)
