@@ -136,13 +136,13 @@ async def convert_opened(
         option_texts=request.option_texts,
         backing_file=request.backing_file, backing_fmt=request.backing_fmt,
     )  # fmt: skip
-    existed = os.path.lexists(request.target)
+    made = [path for path in _files_of(to_create, opener) if not os.path.lexists(path)]
     try:
         await run_create(to_create, opener, cache=request.target_cache)
         await _copy(opener, request, sources, bitmaps, progress, warn)
     except BaseException:
-        if not existed:
-            _remove(request.target)
+        for path in made:
+            _remove(path)
         raise
 
 
@@ -204,6 +204,15 @@ def _new_image_is_blank(target: BlockBackend) -> bool:
         for node in target.node.subtree()
         if node.driver.is_protocol
     )
+
+
+def _files_of(request: CreateRequest, opener: Opener) -> list[str]:
+    """The files that a new image consists of. Raises: ImageError."""
+    data_file = request.options.get("data_file")
+    if data_file is None:
+        return [request.path]
+    path = opener.resolve_backing(request.path, str(data_file), what="data file")
+    return [request.path, path]
 
 
 def _remove(path: str) -> None:

@@ -97,6 +97,8 @@ REFUSALS = {
     "compat=0.10 -o refcount_bits=8": "refcounts of 8 bits take version 3 (compat=1.1)",
     "refcount_bits=8 -o compat=0.10,refcount_bits=8": "refcounts of 8 bits take version 3",
     "refcount_bits=8 -o compat=0.10,refcount_bits=16,size=1k": "can't be made smaller by amend",
+    "extended_l2=on -o extended_l2=off": "option 'extended_l2' is for new images only",
+    "extended_l2=on -o compat=0.10": "compat=0.10), which has no extended L2 entries",
     "compat=1.1 -o nope=1": "format qcow2 has no option 'nope'",
     "compat=1.1 -o compat=2": "'compat'",
     "compat=1.1 -o size=1k": "has 1048576 bytes and can't be made smaller by amend",

@@ -32,6 +32,7 @@ IMAGES: dict[str, dict[str, Any]] = {
     "4k": {"cluster_size": 4096},
     "64k": {},
     "2M": {"cluster_size": "2M"},
+    "subclusters": {"extended_l2": "on"},
     "v2": {"compat": "0.10"},
     "v2-512": {"compat": "0.10", "cluster_size": 512},
 }
