@@ -41,20 +41,7 @@ class Checker:
         self.references: Counter[int] = Counter()
         self.corruptions: list[str] = []
         self.leaks: list[int] = []
-        self.stale: list[str] = []
-        """Of the corruptions, COPIED flags that aren't what the refcount says but do no harm:
-        clear, or set on what has one reference and a leak."""
-        self._wrong_flags: list[tuple[str, int, bool]] = []
         self._check()
-        for message, cluster, is_set in self._wrong_flags:
-            if not is_set or self.references[cluster] == 1:
-                self.stale.append(message)
-
-    @property
-    def harmful(self) -> list[str]:
-        """The corruptions that are any."""
-        stale = set(self.stale)
-        return [message for message in self.corruptions if message not in stale]
 
     def words(self, offset: int, count: int) -> tuple[int, ...]:
         data = bytes(self.image[offset : offset + 8 * count]).ljust(8 * count, b"\0")
@@ -220,9 +207,7 @@ class Checker:
     def _check_copied(self, entry: int, what: str, *, active: bool) -> None:
         cluster = (entry & OFFSET) >> self.bits
         if active and bool(entry & COPIED) != (self.refcount(cluster) == 1):
-            message = f"{what} {entry:#x}: COPIED is wrong"
-            self.corruptions.append(message)
-            self._wrong_flags.append((message, cluster, bool(entry & COPIED)))
+            self.corruptions.append(f"{what} {entry:#x}: COPIED is wrong")
 
     def _show(self, found: bytearray, guest: int, host: int, length: int) -> None:
         length = max(min(length, len(found) - guest), 0)
