@@ -269,7 +269,10 @@ class Qcow2Driver(BlockDriver):
         if broken is not None:
             reason = f"can't be resized while its bitmap '{broken.name}' is inconsistent: remove it"
             raise io_error(errno.ENOTSUP, f"{self.image.name}: {reason}")
-        await self.bitmaps_changing(bitmaps)
+        try:
+            await self.bitmaps_changing(bitmaps)
+        except ImageError as error:
+            raise io_error(errno.EIO, str(error)) from error
 
     @property
     def supports_bitmaps(self) -> bool:
