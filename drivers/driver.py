@@ -211,7 +211,7 @@ class BlockDriver(ABC):
 
     async def bitmaps_changing(self, bitmaps: Collection[DirtyBitmap]) -> None:
         """These bitmaps of the node are about to change, otherwise than by recording: a crash from
-        here on makes those that the image keeps inconsistent. Raises: ImageError; OSError."""
+        here on makes those that the image keeps inconsistent. Raises: OSError."""
         return
 
     async def remove_stored_bitmap(self, name: str) -> None:

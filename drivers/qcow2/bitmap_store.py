@@ -77,7 +77,6 @@ class BitmapStore:
         self._image = image
         self._node = node
         self._share = share
-        self._is_apart = False
         self._room_bytes = LOADED_BYTES_MAX
         self._reserve(sum(self._bytes_of(at.granularity_bits) for at in self.directory.entries))
 
@@ -108,8 +107,9 @@ class BitmapStore:
 
         Suspends: for I/O. Raises: ImageError, for a table that lies; OSError.
         """
-        if any(entry.auto for entry in self.directory.entries):
-            self._refuse_overlaps()
+        if not self.directory.entries:
+            return
+        self._refuse_overlaps()
         for entry in self.directory.entries:
             await self._load(entry)
         await self._mark(entry for entry in self.directory.entries if entry.auto)
@@ -140,10 +140,7 @@ class BitmapStore:
         return bitmap
 
     def _refuse_overlaps(self) -> None:
-        """Before the first change of what others have made: the directory and the tables lie where
-        nothing else does. Raises: ImageError."""
-        if self._is_apart:
-            return
+        """The directory and the tables lie where nothing else does. Raises: ImageError."""
         image = self._image
         directory, image.header_file.bitmaps = self.directory, BitmapDirectory()
         try:
@@ -161,7 +158,6 @@ class BitmapStore:
                     f"{what}, at offset {offset:#x}, lies over other metadata: it is damaged",
                 )
             end = stop
-        self._is_apart = True
 
     # --- while it is open ---
 
@@ -186,10 +182,7 @@ class BitmapStore:
         self._reserve(taken_bytes)
 
     async def changing(self, bitmaps: Iterable[DirtyBitmap]) -> None:
-        """Their bits are about to change: mark them in the file, durably.
-
-        Raises: ImageError: the image is damaged; OSError.
-        """
+        """Their bits are about to change: mark them in the file, durably. Raises: OSError."""
         names = {bitmap.name for bitmap in bitmaps if bitmap.persistent}
         await self._mark(entry for entry in self.directory.entries if entry.name in names)
 
@@ -210,7 +203,6 @@ class BitmapStore:
                 writes.append((offset, wanted.to_bytes(4, "big")))
                 takes_off |= not wanted & IN_USE
         if writes:
-            self._refuse_overlaps()
             try:
                 await image.file.write_all(writes)
                 await image.file.flush()
@@ -286,7 +278,6 @@ class BitmapStore:
         image, before = self._image, self.directory
         taken = list(taken)
         try:
-            self._refuse_overlaps()
             freed = [place for entry in dropped for place in await self._places_of(entry)]
             data = serialise(image.name, entries)
             offset = 0

@@ -269,10 +269,7 @@ class Qcow2Driver(BlockDriver):
         if broken is not None:
             reason = f"can't be resized while its bitmap '{broken.name}' is inconsistent: remove it"
             raise io_error(errno.ENOTSUP, f"{self.image.name}: {reason}")
-        try:
-            await self.bitmaps_changing(bitmaps)
-        except ImageError as error:
-            raise io_error(errno.EIO, str(error)) from error
+        await self.bitmaps_changing(bitmaps)
 
     @property
     def supports_bitmaps(self) -> bool:
