@@ -41,7 +41,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     QemuImg.create(path, 8 * MIB, options={"cluster_size": CLUSTER})
     QemuIo(path, fmt="qcow2").run("write -P 1 0 64k", "write -P 2 2M 64k")
     run_tool(["qemu-img", "snapshot", "-c", "then", path])
-    run_tool(["qemu-img", "bitmap", "--add", path, "changes"])
+    run_tool(["qemu-img", "bitmap", "--add", "--disable", path, "changes"])
     QemuIo(path, fmt="qcow2").run("write -P 3 0 64k", "write -P 4 2M 64k", "write -P 5 4M 64k")
     verdict = QemuImg.check(path)
     assert (verdict.corruptions, verdict.leaks, verdict.errors) == (0, 0, 0), verdict.text
