@@ -282,11 +282,13 @@ class Opener:
         force_share: bool = False,
         discard: str = "unmap",
         detect_zeroes: str = "off",
+        overlap_check: str | None = None,
         snapshot: str | None = None,
     ) -> BlockDriverState:
         """Open the image at `path` the way the command line does.
 
-        `fmt` None means: probe, and refuse an image that names other files.
+        `fmt` None means: probe, and refuse an image that names other files. `overlap_check` is for
+        a qcow2 image.
         Raises: ImageError.
         """
         if fmt is None:
@@ -300,6 +302,8 @@ class Opener:
         options["force-share"] = force_share
         options["discard"] = discard
         options["detect-zeroes"] = detect_zeroes
+        if overlap_check is not None and fmt == "qcow2":
+            options["overlap-check"] = overlap_check
         if node_name is not None:
             options["node-name"] = node_name
         if snapshot is not None:
