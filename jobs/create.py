@@ -111,9 +111,12 @@ class CreateJob(Job):
 
     def _make_file(self, path: str) -> None:
         existed = os.path.lexists(path)
-        self._opener.files.open(
-            path, read_only=False, direct=False, aio="threads", create=True
-        ).close()
+        try:
+            self._opener.files.open(
+                path, read_only=False, direct=False, aio="threads", create=True
+            ).close()
+        except OSError as error:
+            raise ImageError.from_os_error(path, error) from error
         if not existed:
             self._made_files.append(path)
 

@@ -9,6 +9,9 @@ The last two exist with preallocation only; data then is a hole (metadata), allo
 (falloc) or written (full). With an external data file, the data part is that file; if it is raw,
 the L2 tables exist without preallocation, too. Everything counts 1. The header comes last, so that
 a creation that was cut short leaves no image.
+
+With extended L2 entries, preallocated clusters have their host cluster and no subcluster in it yet,
+as QEMU makes them: so a backing file shows through, and a device's old bytes don't.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from blockemu.drivers.errors import ImageError
 from blockemu.drivers.qcow2.features import (
     COMPRESSION,
     DATA_FILE,
+    EXTENDED_L2,
     LAZY_REFCOUNTS,
     RAW_DATA,
     name_table,
@@ -86,7 +90,7 @@ async def create(
         first = plan.data if data is None else 0
         await _write_entries(
             node, plan.l2 * size, first, options, entries=div_up(options.size_bytes, size),
-            table_bytes=(plan.data - plan.l2) * size,
+            table_bytes=(plan.data - plan.l2) * size, entry_bytes=options.layout.l2_entry_bytes,
         )  # fmt: skip
     await node.flush()
     await node.pwritev(0, memoryview(first_cluster + bytes(size - len(first_cluster))))
@@ -153,6 +157,8 @@ def _add_v3(header: Header, options: CreateOptions) -> None:
         header.autoclear_features |= RAW_DATA if options.data_file_raw else 0
         filename = options.data_file.encode("utf-8", "surrogateescape")
         header.extensions.append(Extension(EXTENSION_DATA_FILE, filename))
+    if options.layout.extended_l2:
+        header.incompatible_features |= EXTENDED_L2
     header.additional = bytes((options.compression_type,)).ljust(V3_LENGTH - V3_LENGTH_MIN, b"\0")
     names = Extension(EXTENSION_FEATURE_NAMES, name_table())
     # Helpful, not needed: the smallest clusters have no room for it beside a backing file's name.
@@ -241,13 +247,18 @@ async def _write_entries(
     *,
     entries: int,
     table_bytes: int,
+    entry_bytes: int = 8,
 ) -> None:
     """A table at `offset` whose `entries` name the clusters from `first` on; zeroes behind them."""
     bits = options.layout.cluster_bits
     for start in range(0, table_bytes, WRITE_BYTES):
         length = min(WRITE_BYTES, table_bytes - start)
-        low = first + min(start // 8, entries)
-        high = first + min((start + length) // 8, entries)
+        low = first + min(start // entry_bytes, entries)
+        high = first + min((start + length) // entry_bytes, entries)
         words = array("Q", (cluster << bits | COPIED for cluster in range(low, high)))
+        if entry_bytes > 8:  # extended L2 entries: each with an empty bitmap
+            both = array("Q", bytes(2 * 8 * len(words)))
+            both[::2] = words
+            words = both
         data = disk_bytes(words)
         await node.pwritev(offset + start, memoryview(data + bytes(length - len(data))))

@@ -18,6 +18,7 @@ from blockemu.drivers.qcow2.layout import (
     BACKING_NAME_MAX,
     CLUSTER_BITS_MAX,
     CLUSTER_BITS_MIN,
+    EXTENDED_L2_CLUSTER_BITS_MIN,
     L1_BYTES_MAX,
     REFCOUNT_ORDER_MAX,
     SECTOR,
@@ -64,10 +65,9 @@ class CreateOptions:
             _cluster_bits(name, take_size(name, rest, "cluster_size", 65536)),
             _refcount_order(name, take_size(name, rest, "refcount_bits", 16), version),
             version,
+            take_bool(name, rest, "extended_l2", default=False),
         )
         compression = take_choice(name, rest, "compression_type", tuple(_COMPRESSION_TYPES), "zlib")
-        if take_bool(name, rest, "extended_l2", default=False):
-            raise ImageError(name, "extended_l2=on is not supported yet")
         found = cls(
             layout=layout,
             size_bytes=round_up(size_bytes, SECTOR),
@@ -92,6 +92,16 @@ class CreateOptions:
                 raise ImageError(name, "compression_type=zstd needs compat=1.1 or above")
             if self.data_file is not None:
                 raise ImageError(name, "data_file needs compat=1.1 or above")
+            if self.layout.extended_l2:
+                raise ImageError(name, "extended_l2=on needs compat=1.1 or above")
+        if self.layout.extended_l2 and self.data_file is not None:
+            raise ImageError(name, "extended_l2=on and data_file aren't supported together")
+        if self.layout.extended_l2 and self.layout.cluster_bits < EXTENDED_L2_CLUSTER_BITS_MIN:
+            raise ImageError(
+                name,
+                f"extended_l2=on needs a cluster_size of {1 << EXTENDED_L2_CLUSTER_BITS_MIN} at "
+                f"least, not {self.layout.cluster_size}",
+            )
         if not 0 <= self.size_bytes <= SIZE_MAX:
             raise ImageError(name, f"a size of {self.size_bytes} bytes is not possible")
         if self.layout.l1_entries(self.size_bytes) * 8 > L1_BYTES_MAX:
@@ -114,7 +124,7 @@ class CreateOptions:
             raise ImageError(name, "a backing_file needs its format, too: backing_fmt")
         if len(self.backing_file.encode("utf-8", "surrogateescape")) > BACKING_NAME_MAX:
             raise ImageError(name, f"the backing file's name is over {BACKING_NAME_MAX} bytes")
-        if self.preallocation != "off":
+        if self.preallocation != "off" and not self.layout.extended_l2:
             raise ImageError(name, "an image with a backing_file can't be preallocated")
 
     def _check_data_file(self, name: str) -> None:

@@ -88,6 +88,14 @@ class DataFile(ImageFile):
             flags = RequestFlags.MAY_UNMAP if may_unmap else RequestFlags.NONE
             await self.child.pwrite_zeroes(offset, end - offset, flags)
 
+    async def reads_zero(self, offset: int, length: int) -> bool:
+        """Whether the file is known to have nothing but zeroes there. Raises: OSError."""
+        end = min(offset + length, self.length)
+        if offset >= end:
+            return True
+        status = await self.child.block_status(offset, end - offset)
+        return status.zero and status.length >= end - offset
+
     async def discard(self, offset: int, length: int) -> None:
         if offset < self.length:
             await super().discard(offset, length)
@@ -121,6 +129,8 @@ async def open_data_file(
         return None
     if not header.has_data_file:
         raise ImageError(name, f"has no external data file, so it can't be given one ({CHILD})")
+    if isinstance(given, dict):
+        _refuse_self(name, node, given.get("filename"))
     perm, shared = opener.file_permissions(node)
     try:
         child = await opener.open_child(
@@ -131,11 +141,17 @@ async def open_data_file(
             reason = f"is the external data file of {name}: {error.reason}"
             raise ImageError(error.name, reason) from error
         raise
-    own, other = node.filename, child.node.filename
-    if own is not None and other is not None and os.path.realpath(own) == os.path.realpath(other):
-        raise ImageError(name, "can't be its own external data file")
+    _refuse_self(name, node, child.node.filename)
     node.children["file"].role = Role.METADATA
     return child
+
+
+def _refuse_self(name: str, node: BlockDriverState, other: object) -> None:
+    own = node.filename
+    if own is None or not isinstance(other, str):
+        return
+    if os.path.realpath(own) == os.path.realpath(other):
+        raise ImageError(name, "can't be its own external data file")
 
 
 def _named(

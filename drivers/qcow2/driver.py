@@ -393,7 +393,7 @@ class Qcow2Driver(BlockDriver):
             if bitmaps := self.bitmaps.facts():
                 data["bitmaps"] = bitmaps
             data["corrupt"] = bool(header.incompatible_features & CORRUPT)
-            data["extended-l2"] = False
+            data["extended-l2"] = self.image.layout.extended_l2
         found: dict[str, Any] = {
             "cluster-size": self.cluster_size,
             "dirty-flag": bool(header.incompatible_features & DIRTY),

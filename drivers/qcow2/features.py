@@ -15,7 +15,7 @@ CORRUPT: Final = 1 << 1
 DATA_FILE: Final = 1 << 2
 COMPRESSION: Final = 1 << 3
 EXTENDED_L2: Final = 1 << 4
-SUPPORTED: Final = DIRTY | CORRUPT | DATA_FILE | COMPRESSION
+SUPPORTED: Final = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2
 """Incompatible features that an image may have and be opened, at least for reading."""
 
 LAZY_REFCOUNTS: Final = 1 << 0

@@ -28,6 +28,7 @@ from blockemu.drivers.errors import ImageError
 from blockemu.drivers.qcow2.features import (
     CORRUPT,
     DATA_FILE,
+    EXTENDED_L2,
     RAW_DATA,
     SUPPORTED,
     feature_names,
@@ -36,6 +37,7 @@ from blockemu.drivers.qcow2.layout import (
     BACKING_NAME_MAX,
     CLUSTER_BITS_MAX,
     CLUSTER_BITS_MIN,
+    EXTENDED_L2_CLUSTER_BITS_MIN,
     L1_BYTES_MAX,
     REFCOUNT_ORDER_MAX,
     REFTABLE_BYTES_MAX,
@@ -100,7 +102,8 @@ class Header:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.cluster_bits, self.refcount_order, self.version)
+        extended_l2 = bool(self.incompatible_features & EXTENDED_L2)
+        return Layout(self.cluster_bits, self.refcount_order, self.version, extended_l2)
 
     @property
     def cluster_size(self) -> int:
@@ -266,6 +269,12 @@ def _check_fields(name: str, header: Header) -> None:
     if header.crypt_method:
         method = _CRYPT_METHODS.get(header.crypt_method, f"method {header.crypt_method}")
         raise ImageError(name, f"the image is encrypted ({method}), which is not supported")
+    if header.layout.extended_l2 and header.cluster_bits < EXTENDED_L2_CLUSTER_BITS_MIN:
+        raise ImageError(
+            name,
+            f"extended L2 entries with clusters of {header.cluster_size} bytes are not possible; "
+            f"{1 << EXTENDED_L2_CLUSTER_BITS_MIN} is the least",
+        )
     if header.size > SIZE_MAX:
         raise ImageError(name, f"a virtual size of {header.size} bytes is not possible")
     if header.l1_size * 8 > L1_BYTES_MAX:
@@ -286,6 +295,10 @@ def _check_fields(name: str, header: Header) -> None:
 
 
 def _check_features(name: str, header: Header) -> None:
+    if header.incompatible_features & EXTENDED_L2 and header.has_data_file:
+        raise ImageError(
+            name, "extended L2 entries and an external data file aren't supported together"
+        )
     unsupported = header.incompatible_features & ~SUPPORTED
     if unsupported:
         table = header.extension(EXTENSION_FEATURE_NAMES) or b""

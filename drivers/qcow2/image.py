@@ -13,7 +13,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.qcow2.bitmap_directory import AUTOCLEAR_BITMAPS
@@ -47,6 +47,10 @@ from blockemu.drivers.qcow2.refcount import Refcounts
 from blockemu.drivers.qcow2.refcount_width import RefcountWidth
 from blockemu.drivers.qcow2.repair import repair_dirty
 from blockemu.drivers.qcow2.root_table import ENTRY_BYTES, RootTable
+from blockemu.drivers.qcow2.subcluster_erase import SubclusterEraser
+from blockemu.drivers.qcow2.subcluster_map import ExtendedTableCache, SubclusterMap
+from blockemu.drivers.qcow2.subcluster_read import SubclusterReader
+from blockemu.drivers.qcow2.subcluster_write import SubclusterWriter
 from blockemu.drivers.qcow2.table_cache import TableCache, words_from
 from blockemu.loop.sync import Mutex
 
@@ -56,6 +60,23 @@ if TYPE_CHECKING:
     from blockemu.drivers.child import BdrvChild
     from blockemu.drivers.qcow2.options import Options
     from blockemu.loop.buffers import BufferPool
+
+
+class Parts(NamedTuple):
+    """The parts that differ with the form of L2 entries."""
+
+    l2_cache: type[TableCache] = TableCache
+    clusters: type[ClusterMap] = ClusterMap
+    reader: type[GuestReader] = GuestReader
+    guest_writer: type[GuestWriter] = GuestWriter
+    eraser: type[GuestEraser] = GuestEraser
+
+
+WHOLE_CLUSTER_PARTS = Parts()
+SUBCLUSTER_PARTS = Parts(
+    ExtendedTableCache, SubclusterMap, SubclusterReader, SubclusterWriter, SubclusterEraser
+)
+DATA_FILE_PARTS = Parts(clusters=DataFileMap)
 
 
 @dataclass(slots=True)
@@ -154,11 +175,10 @@ async def open_image(
             data_file = DataFile(data_child, header=header, name=name)
         image = _assemble(name, header, file, data_file, l1, reftable, options, buffers)
         if not read_only:
-            has_bitmaps = header.extension(EXTENSION_BITMAPS) is not None
-            await image.header_file.keep_autoclear(
-                (AUTOCLEAR_BITMAPS if has_bitmaps else 0)
-                | (RAW_DATA if header.has_data_file else 0)
-            )
+            known = RAW_DATA if header.has_data_file else 0
+            if header.extension(EXTENSION_BITMAPS) is not None:
+                known |= AUTOCLEAR_BITMAPS
+            await image.header_file.keep_autoclear(known)
     except OSError as error:
         raise ImageError.from_os_error(name, error) from error
     return image
@@ -192,7 +212,8 @@ def _assemble(
         file, typecode=width.typecode, slice_bytes=options.slice_bytes,
         bytes_max=options.refcount_cache_bytes, write_back=writer.write_back,
     )  # fmt: skip
-    l2 = TableCache(
+    kinds = _parts_for(header)
+    l2 = kinds.l2_cache(
         file, typecode="Q", slice_bytes=options.slice_bytes,
         bytes_max=options.l2_cache_bytes, write_back=writer.write_back,
     )  # fmt: skip
@@ -206,26 +227,27 @@ def _assemble(
         header=header_file, damage=damage, mark=mark, overlaps=overlaps,
         pass_discard=options.pass_discard,
     )  # fmt: skip
-    map_class = DataFileMap if header.has_data_file else ClusterMap
-    clusters = map_class(
+    clusters = kinds.clusters(
         layout, file=file, l1=l1, l2=l2, refcounts=refcounts, writer=writer, overlaps=overlaps,
         damage=damage,
     )  # fmt: skip
     mutex = Mutex()
     data = _guest_data(header, file, data_file, writer, overlaps)
-    reader = GuestReader(
+    reader = kinds.reader(
         layout, file=file, data=data, clusters=clusters, backing=None,
         decompress=decompressor(name, header.compression_type), damage=damage,
     )  # fmt: skip
     if data_file is None:
         reader.used_end = lambda: refcounts.used_end
         overlaps.is_mapped = reader.is_mapped
-    writer_class = GuestWriter if data_file is None else DataFileWriter
-    guest_writer = writer_class(
+    make_writer: Callable[..., GuestWriter] = kinds.guest_writer
+    if data_file is not None:
+        make_writer = partial(DataFileWriter, file=data_file)
+    guest_writer = make_writer(
         layout, data=data, clusters=clusters, refcounts=refcounts, writer=writer, reader=reader,
         mutex=mutex, buffers=buffers, disk_bytes=header.size,
     )  # fmt: skip
-    make_eraser: Callable[..., GuestEraser] = GuestEraser
+    make_eraser: Callable[..., GuestEraser] = kinds.eraser
     if data_file is not None:
         pass_discard = options.pass_discard
         make_eraser = partial(DataFileEraser, file=data_file, pass_discard=pass_discard)
@@ -248,6 +270,12 @@ def _assemble(
         overlaps=overlaps, damage=damage, data_file=data_file,
         preallocated=None if data_file is None else data_file.is_raw,
     )  # fmt: skip
+
+
+def _parts_for(header: Header) -> Parts:
+    if header.layout.extended_l2:
+        return SUBCLUSTER_PARTS
+    return DATA_FILE_PARTS if header.has_data_file else WHOLE_CLUSTER_PARTS
 
 
 def _guest_data(

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 from blockemu.drivers.qcow2.bitmap_directory import TABLE_ENTRIES_MAX
 from blockemu.drivers.qcow2.bitmap_table import ENTRY_RESERVED
 from blockemu.drivers.qcow2.entry_runs import CHUNK_ENTRIES, EntryReader, runs_of
+from blockemu.drivers.qcow2.l2_table import L2Table, read_l2
 from blockemu.drivers.qcow2.layout import (
     COMPRESSED,
     COPIED,
@@ -86,6 +87,9 @@ class MetadataWalk:
         self.names_past_end = False
         """Something is named that the file doesn't have: it must not grow over that."""
         self.unaligned_zeroes = 0
+        """Clusters that aren't where one can be, and hold nothing."""
+        self.stray_bitmaps = 0
+        """Compressed clusters with a bitmap of subclusters, which they haven't."""
         self.allocated = self.fragmented = self.compressed = 0
         self._name = name
         self._header = header
@@ -175,10 +179,13 @@ class MetadataWalk:
         try:
             return await self._reader.read(offset, entries)
         except OSError as error:
-            reason = error.strerror or str(error)
-            self._findings.check_error(f"{what} at {offset:#x} can't be read: {reason}")
-            self.unreadable = True
+            self._unread(what, offset, error)
             return None
+
+    def _unread(self, what: str, offset: int, error: OSError) -> None:
+        reason = error.strerror or str(error)
+        self._findings.check_error(f"{what} at {offset:#x} can't be read: {reason}")
+        self.unreadable = True
 
     # --- L1 ---
 
@@ -253,23 +260,24 @@ class MetadataWalk:
     # --- L2 ---
 
     async def _l2_table(self, offset: int, *, active: int, weight: int) -> None:
-        words = await self._read(offset, self._size // ENTRY_BYTES, "the L2 table")
-        if words is None:
+        table = await self._read_l2(offset)
+        if table is None:
             return
+        self._wrong_bitmaps(table, weight)
         next_host = 0
-        for run in runs_of(words, self._size):
+        for run in runs_of(table.words, self._size):
             host = run.value & OFFSET_MASK
             if run.entries:
-                self._data_run(offset, run, weight)
+                self._data_run(table, run, weight)
                 entries = run.entries
             elif run.value & COMPRESSED:
-                self._compressed(offset, run, weight)
+                self._compressed(table, run, weight)
                 self.allocated += active
                 self.compressed += active
                 self.fragmented += active
                 continue
             else:
-                self._odd_entry(offset, run, weight)
+                self._odd_entry(table, run, weight)
                 entries = 1 if host else 0
             if entries:
                 self.allocated += active * entries
@@ -277,7 +285,27 @@ class MetadataWalk:
                     self.fragmented += active
                 next_host = host + entries * self._size
 
-    def _data_run(self, table: int, run: Run, weight: int) -> None:
+    async def _read_l2(self, offset: int) -> L2Table | None:
+        try:
+            return await read_l2(self._reader, self._layout, offset)
+        except OSError as error:
+            self._unread("the L2 table", offset, error)
+            return None
+
+    def _wrong_bitmaps(self, table: L2Table, weight: int) -> None:
+        for index in table.wrong_bitmaps():
+            assert table.bitmaps is not None
+            word = table.words[index]
+            what = "a compressed cluster" if word & COMPRESSED else "no host cluster"
+            if word & OFFSET_MASK and not word & COMPRESSED:
+                what = "subclusters that are allocated and zero at once"
+            self.stray_bitmaps += bool(word & COMPRESSED)
+            self._findings.corruption(
+                f"{_entry(table, index)} has the bitmap {table.bitmaps[index]:#018x} for {what}",
+                weight,
+            )
+
+    def _data_run(self, table: L2Table, run: Run, weight: int) -> None:
         first = (run.value & OFFSET_MASK) >> self._bits
         inside = min(max(self.file_clusters - first, 0), run.entries)
         if inside:
@@ -291,7 +319,7 @@ class MetadataWalk:
                 weight,
             )
 
-    def _compressed(self, table: int, run: Run, weight: int) -> None:
+    def _compressed(self, table: L2Table, run: Run, weight: int) -> None:
         where = _entry(table, run.at)
         if run.value & COPIED:
             self._findings.corruption(f"{where} is compressed and has COPIED set", weight)
@@ -300,7 +328,7 @@ class MetadataWalk:
         host = run.value & ((1 << (70 - self._bits)) - 1)
         self._refer(host, length, where, weight)
 
-    def _odd_entry(self, table: int, run: Run, weight: int) -> None:
+    def _odd_entry(self, table: L2Table, run: Run, weight: int) -> None:
         where = _entry(table, run.at)
         host = run.value & OFFSET_MASK
         if run.value & L2_RESERVED:
@@ -311,7 +339,10 @@ class MetadataWalk:
             self._findings.corruption(
                 f"{where} names host offset {host:#x}: not aligned to a cluster", weight
             )
-            self.unaligned_zeroes += bool(run.value & ZERO)
+            if self._layout.extended_l2:
+                self.unaligned_zeroes += not table.holds_data(run.at)
+            else:
+                self.unaligned_zeroes += bool(run.value & ZERO)
         self._refer(host, self._size, where, weight)
 
     # --- bitmaps ---
@@ -382,5 +413,5 @@ class MetadataWalk:
         self.rebuild = self.rebuild or line
 
 
-def _entry(table: int, index: int) -> str:
-    return f"L2 entry at {table + index * ENTRY_BYTES:#x}"
+def _entry(table: L2Table, index: int) -> str:
+    return f"L2 entry at {table.place(index):#x}"

@@ -99,7 +99,7 @@ def take_options(
         refcount_bytes = REFCOUNT_CACHE_BYTES
     share.reserve(REFCOUNT_CACHE, refcount_bytes, least_bytes=refcount_bytes)
     if l2_bytes is None:
-        needed = div_up(size_bytes, layout.cluster_size) * 8
+        needed = div_up(size_bytes, layout.cluster_size) * layout.l2_entry_bytes
         wanted = min(max(needed, L2_CACHE_MIN), L2_CACHE_MAX)
         l2_bytes = share.reserve(L2_CACHE, wanted, least_bytes=L2_CACHE_MIN)
     else:

@@ -51,7 +51,9 @@ async def _with_holes(image: Image, status: BlockStatus, host: int) -> BlockStat
 def _continues(first: Extent, following: Extent, covered: int) -> bool:
     if following.kind is not first.kind:
         return False
-    if first.kind in (Kind.DATA, Kind.ZERO_ALLOCATED):
+    if first.kind is Kind.UNALLOCATED and not (first.host and following.host):
+        return not first.host and not following.host
+    if first.kind in (Kind.DATA, Kind.ZERO_ALLOCATED, Kind.UNALLOCATED):
         return following.host == first.host + covered
     return True
 
@@ -59,6 +61,11 @@ def _continues(first: Extent, following: Extent, covered: int) -> bool:
 def _describe(image: Image, extent: Extent, offset: int, length: int) -> BlockStatus:
     kind = extent.kind
     zero = image.reader.reads_zero(extent, offset)
+    if kind is Kind.UNALLOCATED and extent.host:
+        return BlockStatus(
+            length, data=False, zero=zero, allocated=False, host_offset=extent.host,
+            file=image.file.child.node.filename,
+        )  # fmt: skip
     if kind is Kind.UNALLOCATED:
         return BlockStatus(length, data=False, zero=zero, allocated=False)
     if kind is Kind.DATA:

@@ -13,14 +13,19 @@ from collections import Counter
 
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
+EXTENDED_L2 = 1 << 4
+SUBCLUSTERS = 32
 OFFSET = 0x00FF_FFFF_FFFF_FE00
 
 
 class Checker:
-    """Version 2 and 3 images, compressed clusters by deflate, internal snapshots counted."""
+    """Version 2 and 3 images, compressed clusters by deflate, internal snapshots counted.
 
-    def __init__(self, image: bytes | bytearray) -> None:
+    `data`: the content of the external data file, where the image has one."""
+
+    def __init__(self, image: bytes | bytearray, data: bytes | bytearray | None = None) -> None:
         self.image = image
+        self.data = data
         fields = struct.unpack_from(">4sIQIIQIIQQIIQ", image)
         assert fields[0] == b"QFI\xfb"
         self.version = fields[1]
@@ -31,6 +36,8 @@ class Checker:
         self.table = (fields[9], fields[10])
         self.snapshots = (fields[12], fields[11])
         self.order: int = struct.unpack_from(">I", image, 96)[0] if self.version == 3 else 4
+        features: int = struct.unpack_from(">Q", image, 72)[0] if self.version == 3 else 0
+        self.extended = bool(features & EXTENDED_L2)
         self.references: Counter[int] = Counter()
         self.corruptions: list[str] = []
         self.leaks: list[int] = []
@@ -144,16 +151,44 @@ class Checker:
 
     def _walk(self, offset: int, entries: int, *, active: bool) -> None:
         self._refer(offset, self._clusters(entries * 8), "L1 table")
-        for entry in self.words(offset, entries):
+        for index, entry in enumerate(self.words(offset, entries)):
             if entry & OFFSET:
                 self._refer(entry & OFFSET, 1, "L2 table")
                 self._check_copied(entry, "L1 entry", active=active)
-                for word in self.words(entry & OFFSET, self.size // 8):
+                table = self._l2(entry & OFFSET)
+                for guest, (word, bitmap) in enumerate(table, index * len(table)):
+                    if self.data is not None:
+                        own = (guest << self.bits) | COPIED
+                        if word not in (0, 1, own, own | 1):
+                            self.corruptions.append(f"guest cluster {guest}: {word:#x}")
+                        continue
+                    self._check_bitmap(word, bitmap)
                     if word & COMPRESSED:
                         self._refer_compressed(word)
                     elif word & OFFSET:
                         self._refer(word & OFFSET, 1, "data")
                         self._check_copied(word, "L2 entry", active=active)
+
+    def _l2(self, offset: int) -> list[tuple[int, int]]:
+        """Entries and their bitmaps; in a plain image, those that mean the same."""
+        words = self.words(offset, self.size // 8)
+        if self.extended:
+            return list(zip(words[::2], words[1::2], strict=True))
+        found = []
+        for word in words:
+            zero = word & 1 and self.version == 3
+            everything = (1 << SUBCLUSTERS) - 1
+            if word & COMPRESSED or not (word & OFFSET or zero):
+                found.append((word, 0))
+            else:
+                found.append((word, everything << SUBCLUSTERS if zero else everything))
+        return found
+
+    def _check_bitmap(self, word: int, bitmap: int) -> None:
+        allocated, zero = bitmap & 0xFFFF_FFFF, bitmap >> SUBCLUSTERS
+        impossible = bitmap if word & COMPRESSED else allocated & zero
+        if impossible or (allocated and not word & OFFSET):
+            self.corruptions.append(f"L2 entry {word:#x}: bitmap {bitmap:#x} is not possible")
 
     def _compressed(self, word: int) -> tuple[int, int]:
         """Host bytes `[start, end)` of a compressed cluster, to the end of its last sector."""
@@ -173,6 +208,11 @@ class Checker:
         cluster = (entry & OFFSET) >> self.bits
         if active and bool(entry & COPIED) != (self.refcount(cluster) == 1):
             self.corruptions.append(f"{what} {entry:#x}: COPIED is wrong")
+
+    def _show(self, found: bytearray, guest: int, host: int, length: int) -> None:
+        length = max(min(length, len(found) - guest), 0)
+        data = bytes(self.image[host : host + length])
+        found[guest : guest + len(data)] = data
 
     def read(self) -> bytes:
         """What the guest sees, the backing file taken for zeroes."""
@@ -196,9 +236,9 @@ class Checker:
         found = bytearray(disk_bytes)
         for index, entry in enumerate(self.words(*l1)):
             if entry & OFFSET:
-                table = self.words(entry & OFFSET, self.size // 8)
-                for position, word in enumerate(table):
-                    guest = (index * self.size // 8 + position) << self.bits
+                table = self._l2(entry & OFFSET)
+                for position, (word, bitmap) in enumerate(table):
+                    guest = (index * len(table) + position) << self.bits
                     if guest >= disk_bytes:
                         break
                     if word & COMPRESSED:
@@ -207,9 +247,18 @@ class Checker:
                         data = zlib.decompressobj(-12).decompress(packed, self.size)
                         assert len(data) == self.size, f"guest cluster at {guest:#x} is short"
                         found[guest : guest + self.size] = data[: disk_bytes - guest]
-                    elif word & OFFSET and not (word & 1 and self.version == 3):
-                        host = word & OFFSET
-                        length = min(self.size, disk_bytes - guest)
-                        data = bytes(self.image[host : host + length])
-                        found[guest : guest + len(data)] = data
+                    elif self.data is not None:
+                        if word & COPIED and not word & 1:
+                            data = bytes(self.data[guest : guest + self.size])
+                            found[guest : guest + self.size] = data[: disk_bytes - guest].ljust(
+                                min(self.size, disk_bytes - guest), b"\0"
+                            )
+                    elif bitmap & 0xFFFF_FFFF == 0xFFFF_FFFF:
+                        self._show(found, guest, word & OFFSET, self.size)
+                    else:
+                        part = self.size // SUBCLUSTERS
+                        for number in range(SUBCLUSTERS):
+                            if bitmap >> number & 1:
+                                start = number * part
+                                self._show(found, guest + start, (word & OFFSET) + start, part)
         return bytes(found)

@@ -45,6 +45,9 @@ def make(tmp_path: Path, name: str, content: bytes | bytearray, *options: str) -
         ["-c", "-o", "cluster_size=512"],
         ["-c", "-o", "cluster_size=2M"],
         ["-c", "-o", "compat=0.10,cluster_size=4096"],
+        ["-o", "extended_l2=on,cluster_size=16k"],
+        ["-o", "extended_l2=on"],
+        ["-c", "-o", "extended_l2=on"],
     ],
     ids=" ".join,
 )
@@ -74,12 +77,15 @@ def test_zstd_image_is_read(images: Images, tmp_path: Path, seed: int) -> None:
     assert images.open("image").read(0, SIZE) == content
 
 
-@pytest.mark.parametrize("compat", ["1.1", "0.10"])
+@pytest.mark.parametrize(
+    "options",
+    ["cluster_size=4096", "cluster_size=4096,compat=0.10", "cluster_size=16k,extended_l2=on"],
+)
 def test_snapshot_keeps_its_content_while_the_disk_is_written(
-    images: Images, tmp_path: Path, seed: int, compat: str
+    images: Images, tmp_path: Path, seed: int, options: str
 ) -> None:
     old = content_of(seed)
-    source = make(tmp_path, "source", old, "-o", f"cluster_size=4096,compat={compat}")
+    source = make(tmp_path, "source", old, "-o", options)
     run_tool(["qemu-img", "snapshot", "-c", "before", source])
     images.load("image", source)
     disk, new = images.open("image"), bytearray(old)
@@ -130,9 +136,9 @@ def test_unknown_autoclear_bits_are_cleared_and_compatible_ones_kept(images: Ima
 
 
 @pytest.mark.parametrize("fmt", ["raw", "qcow2"])
-@pytest.mark.parametrize("compat", ["1.1", "0.10"])
+@pytest.mark.parametrize("options", [{}, {"compat": "0.10"}, {"extended_l2": "on"}], ids=str)
 def test_backing_file_shows_through_where_nothing_was_written(
-    images: Images, tmp_path: Path, seed: int, fmt: str, compat: str
+    images: Images, tmp_path: Path, seed: int, fmt: str, options: dict[str, str]
 ) -> None:
     base = content_of(seed, SIZE // 2 + 512)
     if fmt == "qcow2":
@@ -140,7 +146,7 @@ def test_backing_file_shows_through_where_nothing_was_written(
         images.load("base", source)
     else:
         images.files.add("base", base)
-    images.create("image", SIZE, backing_file="base", backing_fmt=fmt, compat=compat)
+    images.create("image", SIZE, backing_file="base", backing_fmt=fmt, **options)
     model = base + bytes(SIZE - len(base))
     disk, rng = images.open("image"), random.Random(seed)
     assert disk.read(0, SIZE) == model
@@ -242,7 +248,9 @@ def test_option_backing_null_shows_the_layer_alone(images: Images) -> None:
 
 
 def test_info_is_qemu_img_info(images: Images, tmp_path: Path) -> None:
-    for options in ("compat=0.10", "refcount_bits=1,lazy_refcounts=on", "cluster_size=2M"):
+    for options in (
+        "compat=0.10", "refcount_bits=1,lazy_refcounts=on", "cluster_size=2M", "extended_l2=on",
+    ):  # fmt: skip
         source = tmp_path / "source"
         run_tool(["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, source, "64M"])
         images.load("image", source)

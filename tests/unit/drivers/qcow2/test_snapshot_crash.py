@@ -188,6 +188,7 @@ FORMATS = [
     {"cluster_size": 1024, "refcount_bits": 64},
     {"cluster_size": 4096},
     {"cluster_size": 4096, "compat": "0.10"},
+    {"cluster_size": 16384, "extended_l2": "on"},
 ]
 
 
