@@ -186,6 +186,17 @@ class TableCache:
             del self._loading[offset]
             done.set_result(None)
 
+    async def insert_copy(self, offset: int, *, source: int) -> None:
+        """As `insert_zeroed`, with what the slice at `source` holds; all of it is dirty.
+
+        Suspends: as `load`. Raises: OSError.
+        """
+        entries = self.slice_bytes // self._item_bytes
+        data = self._bytes_of(await self.load(source), 0, entries)
+        await self.insert_zeroed(offset)
+        made = self.slices[offset] = self._slice_from(offset, data)
+        self.mark_dirty(made, 0, entries)
+
     def mark_dirty(self, found: Slice, first: int, count: int = 1) -> None:
         """Entries `first` to `first + count` of a slice were changed."""
         assert self.slices.get(found.offset) is found, "changed a slice that was evicted"
