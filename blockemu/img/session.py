@@ -84,15 +84,18 @@ async def open_image(
     cache: str = "writeback",
     aio: str = "native",
     force_share: bool = False,
+    snapshot: str | None = None,
 ) -> AsyncIterator[BlockBackend]:
     """The image at `path`, open inside the block; flushed and closed at its end.
 
-    `fmt` None means: find it out, and refuse an image that names other files.
+    `fmt` None means: find it out, and refuse an image that names other files. `snapshot`: as it
+    was at that internal snapshot (an id, or else a name), to read.
     Raises: ImageError; of the block, an OSError becomes an ImageError that names the image.
     """
     node = await _open_node(
-        opener, path, fmt=fmt, writable=writable, cache=cache, aio=aio, force_share=force_share
-    )
+        opener, path, fmt=fmt, writable=writable, cache=cache, aio=aio, force_share=force_share,
+        snapshot=snapshot,
+    )  # fmt: skip
     async with _held(path, node, writable=writable, resizable=resizable) as backend:
         yield backend
 
@@ -138,11 +141,17 @@ async def _open_node(
     cache: str,
     aio: str,
     force_share: bool,
+    snapshot: str | None = None,
 ) -> BlockDriverState:
+    options: dict[str, Any] = {"read-only": not writable, "force-share": force_share}
+    if snapshot is not None:
+        if fmt == "raw":
+            raise ImageError(path, "format raw has no internal snapshots")
+        options["snapshot"] = snapshot
     return await opener.open_named(
         path,
         fmt=fmt,
-        options={"read-only": not writable, "force-share": force_share},
+        options=options,
         file_options={"aio": aio, "cache": CACHE_MODES[cache]},
     )
 

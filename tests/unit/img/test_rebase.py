@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from tests.peers.qemu import QemuImg, QemuIo, run_tool
-from tests.peers.requirement import require_peer
 from tests.unit.img.chains import (
     DISK_BYTES,
     KIB,
@@ -45,11 +44,7 @@ SIZES = {
 TARGETS = ("other.qcow2", "base.raw", "other.raw", "")
 
 
-@pytest.fixture(autouse=True)
-def _peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    require_peer("qemu-img")
-    monkeypatch.chdir(tmp_path)
-    Path("made").mkdir()
+pytestmark = pytest.mark.usefixtures("made_here")
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
