@@ -68,7 +68,7 @@ class BlockDriver(ABC):
     """At the bottom of the graph: reads past its end are zeroes, writes past it make it grow."""
     supports_fua: ClassVar[bool] = False
     """`pwritev` and `pwrite_zeroes` honour FUA themselves; otherwise the node flushes."""
-    supports_compressed_writes: ClassVar[bool] = False
+    supports_compressed_writes: bool = False
     """`pwritev` honours WRITE_COMPRESSED; otherwise it is never handed the flag."""
 
     host_file: HostFile | None = None

@@ -158,7 +158,7 @@ class BlockDriverState:
                 await self._write_aligned(offset, view, flags)
             else:
                 await self._write_blocks(offset, view, flags, mask)
-            if flags & RequestFlags.FUA and not self.driver.supports_fua:
+            if flags and flags & RequestFlags.FUA and not self.driver.supports_fua:
                 await self.driver.flush()
         finally:
             self._leave()
@@ -178,7 +178,7 @@ class BlockDriverState:
         try:
             if length:
                 await self._zero_range(offset, length, flags)
-            if flags & RequestFlags.FUA and not self.driver.supports_fua:
+            if flags and flags & RequestFlags.FUA and not self.driver.supports_fua:
                 await self.driver.flush()
         finally:
             self._leave()
@@ -269,7 +269,7 @@ class BlockDriverState:
             await self._idle.wait()
 
     async def _write_aligned(self, offset: int, view: memoryview, flags: RequestFlags) -> None:
-        if not self.driver.supports_fua:
+        if flags and not self.driver.supports_fua:
             flags &= ~RequestFlags.FUA
         await self.driver.pwritev(offset, view, flags)
 

@@ -150,6 +150,8 @@ def _check_compressible(target: BlockBackend, sources: Sequence[BlockBackend]) -
     """Clusters of the target can be compressed, and each comes from one source, or ImageError."""
     driver = target.node.driver
     if not driver.supports_compressed_writes:
+        if type(driver).supports_compressed_writes:
+            raise ImageError(target.name, "clusters of an external data file can't be compressed")
         raise ImageError(target.name, f"format {driver.name} has no compression (-c)")
     for source in sources[:-1]:
         if sectors_up(source.length_bytes) % driver.cluster_size:

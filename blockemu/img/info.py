@@ -71,6 +71,8 @@ async def open_layer(
         if fmt is None:
             fmt = await guess_format(opener, file)
         known = {} if fmt == "raw" else {"backing": None}
+        if fmt == "qcow2" and read_only:
+            known["data-file"] = None
         if fmt in ("file", "host_device") or opener.drivers.find(fmt) is None:
             raise ImageError(path, f"there is no image format '{fmt}'")
         return await opener.open({"driver": fmt, "file": file.node_name, **known, **shared})

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.options import take_bool, take_choice, take_size, take_str
 from blockemu.drivers.qcow2.cluster_map import Kind
-from blockemu.drivers.qcow2.features import LAZY_REFCOUNTS, feature_names, name_table
+from blockemu.drivers.qcow2.features import LAZY_REFCOUNTS, RAW_DATA, feature_names, name_table
 from blockemu.drivers.qcow2.header import (
     EXTENSION_BITMAPS,
     EXTENSION_FEATURE_NAMES,
@@ -31,13 +31,21 @@ from blockemu.drivers.qcow2.header import (
     Extension,
     Header,
 )
-from blockemu.drivers.qcow2.header_rewrite import with_backing
+from blockemu.drivers.qcow2.header_rewrite import with_backing, with_data_file
 from blockemu.drivers.qcow2.layout import SECTOR, div_up, round_up
 
 if TYPE_CHECKING:
     from blockemu.drivers.qcow2.image import Image
 
-AMENDABLE: Final = ("backing_file", "backing_fmt", "compat", "lazy_refcounts", "size")
+AMENDABLE: Final = (
+    "backing_file",
+    "backing_fmt",
+    "compat",
+    "data_file",
+    "data_file_raw",
+    "lazy_refcounts",
+    "size",
+)
 """Creation options that an image can be given later."""
 
 ZEROES_AT_ONCE: Final = 1024 * 1024
@@ -49,13 +57,16 @@ _VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Amendment:
-    """What is to change; None: stays. `backing_file` "" is none."""
+    """What is to change; None: stays. `backing_file` "" is none, and so is `data_file` "": whoever
+    opens the image then has to name it."""
 
     version: int | None = None
     lazy_refcounts: bool | None = None
     size_bytes: int | None = None
     backing_file: str | None = None
     backing_fmt: str | None = None
+    data_file: str | None = None
+    data_file_raw: bool | None = None
 
     @classmethod
     def parse(cls, name: str, options: Mapping[str, Any]) -> Amendment:
@@ -81,6 +92,12 @@ class Amendment:
             size_bytes=size_bytes,
             backing_file=take_str(name, given, "backing_file", None),
             backing_fmt=take_str(name, given, "backing_fmt", None),
+            data_file=take_str(name, given, "data_file", None),
+            data_file_raw=(
+                take_bool(name, given, "data_file_raw", default=False)
+                if "data_file_raw" in given
+                else None
+            ),
         )
 
     def check(self, name: str, header: Header) -> None:
@@ -96,6 +113,10 @@ class Amendment:
             raise ImageError(name, "the backing file's format must be given (backing_fmt=)")
         if self.backing_fmt and not self.backing_in(header):
             raise ImageError(name, "a backing format without a backing file")
+        if self.data_file is not None and not header.has_data_file:
+            raise ImageError(name, "has no external data file, so data_file can't be changed")
+        if self.data_file_raw and not header.data_file_is_raw:
+            raise ImageError(name, "data_file_raw=on is for new images only")
         self.apply(name, copy.copy(header)).serialise(name)  # raises, if it never fits
 
     def backing_in(self, header: Header) -> str | None:
@@ -118,6 +139,10 @@ class Amendment:
         if self.lazy_refcounts is not None and new.version == 3:
             new.compatible_features &= ~LAZY_REFCOUNTS
             new.compatible_features |= LAZY_REFCOUNTS if self.lazy_refcounts else 0
+        if self.data_file is not None:
+            new = with_data_file(new, self.data_file)
+        if self.data_file_raw is False:
+            new.autoclear_features &= ~RAW_DATA
         return new
 
 

@@ -26,6 +26,7 @@ from blockemu.drivers.qcow2.layout import (
     ZERO,
     Layout,
 )
+from blockemu.drivers.qcow2.metadata_places import Structure
 from blockemu.drivers.qcow2.metadata_writer import MetadataWriter, Reference
 from blockemu.drivers.qcow2.root_table import ENTRY_BYTES, RootTable
 from blockemu.drivers.qcow2.table_cache import Slice, TableCache
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from blockemu.drivers.qcow2.damage import DamageLog
     from blockemu.drivers.qcow2.image_file import ImageFile
+    from blockemu.drivers.qcow2.overlap_check import OverlapCheck
     from blockemu.drivers.qcow2.refcount import Refcounts
 
 COPY_BYTES = 1024 * 1024
@@ -86,9 +88,11 @@ class ClusterMap:
         l2: TableCache,
         refcounts: Refcounts,
         writer: MetadataWriter,
+        overlaps: OverlapCheck,
         damage: DamageLog,
     ) -> None:
         self.l1 = l1
+        self._overlaps = overlaps
         self._layout = layout
         self._file = file
         self._l2 = l2
@@ -229,12 +233,18 @@ class ClusterMap:
         entry = self.l1.words[l1_index]
         self._writer.check_running()
         if entry & COPIED:
+            table = (entry & OFFSET_MASK) >> self._bits
+            await self._overlaps.refuse_table(Structure.ACTIVE_L2, table)
             return
         if entry:
             self._slice_offset(cluster)  # raises for a damaged entry
+        place = (self.l1.offset + l1_index * ENTRY_BYTES) >> self._bits
+        await self._overlaps.refuse_table(Structure.ACTIVE_L1, place)
         taken = await self._refcounts.allocate(1)
         host = taken.first << self._bits
         try:
+            if not taken.is_fresh:
+                await self._overlaps.take_place(taken.first)
             if entry:
                 await self._copy_table(entry & OFFSET_MASK, host)
             elif not taken.reads_zero:
@@ -243,6 +253,7 @@ class ClusterMap:
             await self._refcounts.release(Reference(taken.first, 1))
             raise
         self.l1.put(l1_index, host | COPIED)
+        self._overlaps.places.add(Structure.ACTIVE_L2, taken.first)
         if entry:
             old = (entry & OFFSET_MASK) >> self._bits
             self._writer.let_go(Reference(old, 1, is_table=True))

@@ -4,8 +4,8 @@
 A flag that is set too much lets a write change a snapshot's data in place; one that is missing
 costs a copy. Snapshots' own tables needn't have them right (specification: L1 table entry), so only
 the active ones are looked at. The same walk sets them right (`fix`), and takes the flag off
-compressed clusters, which may not have it at all. A table that lies over something else isn't
-written.
+compressed clusters, which may not have it at all. Clusters of an external data file aren't counted,
+and must have it. A table that lies over something else isn't written.
 """
 
 from __future__ import annotations
@@ -103,18 +103,22 @@ class CopiedFlags:
             elif run.value & OFFSET_MASK:
                 end = run.at + max(run.entries, 1)
                 places = range(table.place(run.at), table.place(end), table.place(1) - offset)
-                wrong = await self._run("L2 entry", places, run.value, weight)
+                wrong = await self._run(
+                    "L2 entry", places, run.value, weight, counted=not self._header.has_data_file
+                )
                 changed += [run.at + step for step in wrong]
         if changed and fix and self._fix:
             for index in changed:
                 table.words[index] ^= COPIED
             await write_l2(self._file, table, changed)
 
-    async def _run(self, kind: str, places: range, value: int, weight: int) -> list[int]:
+    async def _run(
+        self, kind: str, places: range, value: int, weight: int, *, counted: bool = True
+    ) -> list[int]:
         """Which entries of a run, counted from its start, have a flag that is wrong. `places`:
-        where they lie; `value`: the first one."""
+        where they lie; `value`: the first one. Not `counted`: each target has one name."""
         first, entries = (value & OFFSET_MASK) >> self._bits, len(places)
-        counts = await self._counts(first, entries)
+        counts = await self._counts(first, entries) if counted else b"\1" * entries
         if counts is None:
             return []
         copied = bool(value & COPIED)

@@ -42,11 +42,19 @@ class CreateOptions:
     preallocation: str = "off"
     lazy_refcounts: bool = False
     compression_type: int = DEFLATE
+    data_file: str | None = None
+    data_file_raw: bool = False
+
+    @property
+    def maps_all(self) -> bool:
+        """All guest clusters have their place from the start."""
+        return self.preallocation != "off" or self.data_file_raw
 
     @classmethod
     def parse(cls, name: str, size_bytes: int, options: Mapping[str, Any]) -> CreateOptions:
         """From qemu-img's names: `cluster_size`, `compat`, `refcount_bits`, `backing_file`,
-        `backing_fmt`, `preallocation`, `lazy_refcounts`, `compression_type`, `extended_l2`.
+        `backing_fmt`, `preallocation`, `lazy_refcounts`, `compression_type`, `extended_l2`,
+        `data_file`, `data_file_raw`.
 
         Raises: ImageError, for what is unknown, out of range or contradictory.
         """
@@ -68,6 +76,8 @@ class CreateOptions:
             preallocation=take_choice(name, rest, "preallocation", PREALLOCATIONS, "off"),
             lazy_refcounts=take_bool(name, rest, "lazy_refcounts", default=False),
             compression_type=_COMPRESSION_TYPES[compression],
+            data_file=take_str(name, rest, "data_file", None),
+            data_file_raw=take_bool(name, rest, "data_file_raw", default=False),
         )
         if rest:
             raise ImageError(name, f"format qcow2 has no option '{next(iter(rest))}'")
@@ -82,6 +92,8 @@ class CreateOptions:
                 raise ImageError(name, "compression_type=zstd needs compat=1.1 or above")
             if self.layout.extended_l2:
                 raise ImageError(name, "extended_l2=on needs compat=1.1 or above")
+            if self.data_file is not None:
+                raise ImageError(name, "data_file needs compat=1.1 or above")
         if self.layout.extended_l2 and self.layout.cluster_bits < EXTENDED_L2_CLUSTER_BITS_MIN:
             raise ImageError(
                 name,
@@ -97,6 +109,7 @@ class CreateOptions:
                 f"{self.layout.cluster_size}; take a larger cluster_size",
             )
         self._check_backing(name)
+        self._check_data_file(name)
 
     def _check_backing(self, name: str) -> None:
         if self.backing_file is None:
@@ -111,6 +124,18 @@ class CreateOptions:
             raise ImageError(name, f"the backing file's name is over {BACKING_NAME_MAX} bytes")
         if self.preallocation != "off" and not self.layout.extended_l2:
             raise ImageError(name, "an image with a backing_file can't be preallocated")
+
+    def _check_data_file(self, name: str) -> None:
+        if self.data_file is None:
+            if self.data_file_raw:
+                raise ImageError(name, "data_file_raw=on is given without a data_file")
+        elif not self.data_file or "\0" in self.data_file:
+            raise ImageError(name, "the data file's name is empty or holds a zero byte")
+        elif self.data_file_raw and self.backing_file is not None:
+            raise ImageError(
+                name, "a backing_file can't be had with data_file_raw=on: the data file alone "
+                "wouldn't show what the disk holds"
+            )  # fmt: skip
 
 
 def _cluster_bits(name: str, size: int) -> int:

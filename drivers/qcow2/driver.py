@@ -7,6 +7,7 @@ what happens in place, exclusive for what changes the mapping. A write tries in 
 
 from __future__ import annotations
 
+import errno
 import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self
@@ -15,11 +16,12 @@ from blockemu.drivers.child import Permission, Role
 from blockemu.drivers.direct_map import PAGE_BYTES, PAGES_MAX, DirectMap
 from blockemu.drivers.drain import DrainedSection
 from blockemu.drivers.driver import BlockDriver, BlockStatus, RequestFlags
-from blockemu.drivers.errors import ImageError
+from blockemu.drivers.errors import ImageError, io_error
 from blockemu.drivers.map_slot import MapSlot
 from blockemu.drivers.options import take_str
 from blockemu.drivers.qcow2 import resize, snapshot, status
 from blockemu.drivers.qcow2.compression import TYPE_NAMES
+from blockemu.drivers.qcow2.data_file import open_data_file
 from blockemu.drivers.qcow2.features import CORRUPT, DIRTY, LAZY_REFCOUNTS
 from blockemu.drivers.qcow2.header import MAGIC, Header, check_tables
 from blockemu.drivers.qcow2.header_file import read_header
@@ -49,7 +51,8 @@ MAP_PAGES_MIN = 4096
 
 class Qcow2Driver(BlockDriver):
     """Options: `file`; `backing` (a node, its options, or null for none; missing: as the header
-    says); `snapshot` (an id or a name: show that one, read-only); those of options.py."""
+    says); `data-file` (likewise, where the header says that there is one); `snapshot` (an id or a
+    name: show that one, read-only); those of options.py."""
 
     name = "qcow2"
     supports_compressed_writes = True
@@ -62,6 +65,7 @@ class Qcow2Driver(BlockDriver):
         self._file = file
         self._bits = image.layout.cluster_bits
         self._map_slot = MapSlot(self._make_map)
+        self.supports_compressed_writes = not image.header.has_data_file
         image.mark.refuse_writes = self._refuse_writes
 
     @classmethod
@@ -79,14 +83,17 @@ class Qcow2Driver(BlockDriver):
         header = await read_header(name, file)
         snapshots = await _read_snapshots(name, header, file)
         _choose_snapshot(name, header, snapshots, file, node, options)
+        data_child = await open_data_file(name, header, node, options, opener)
         share = opener.metadata_budget.new_share()
         try:
             own = take_options(name, options, header.layout, header.size, share, unmap=node.unmap)
             image = await open_image(
                 name, header, file, read_only=node.read_only, options=own,
-                buffers=lambda: node.ctx.buffers,
+                buffers=lambda: node.ctx.buffers, data_child=data_child,
             )  # fmt: skip
             image.header_file.snapshots = snapshots
+            if not node.read_only:
+                await image.overlaps.places.read_inactive()
             image.reader.backing = await _open_backing(name, header, node, options, opener)
         except BaseException:
             share.release()
@@ -141,6 +148,8 @@ class Qcow2Driver(BlockDriver):
 
     async def _write_compressed(self, offset: int, view: memoryview) -> None:
         image = self.image
+        if image.data_file is not None:
+            raise io_error(errno.ENOTSUP, f"{image.name}: compressed writes to a data file")
         image.compressor.check(offset, len(view))
         first, last = offset >> self._bits, (offset + len(view) - 1) >> self._bits
         held = await image.locks.exclusive(first, last)
@@ -213,12 +222,15 @@ class Qcow2Driver(BlockDriver):
         image = self.image
         if self.node.read_only:
             raise ImageError(image.name, "its snapshots can't be changed: it is open read-only")
+        if image.data_file is not None:
+            raise ImageError(image.name, "has an external data file, so it can't have snapshots")
         async with DrainedSection(self.node), self._map_slot.shut():
             image.reader.direct_map = None
             held = await image.locks.exclusive(0, GUEST_CLUSTER_MAX)
             try:
                 async with image.mutex:
                     yield
+                    await image.overlaps.places.read_inactive()
             finally:
                 image.locks.release(held)
 
@@ -297,6 +309,10 @@ class Qcow2Driver(BlockDriver):
             "refcount-bits": self.image.layout.refcount_bits,
         }
         if header.version == 3:
+            if header.data_file is not None:
+                data["data-file"] = header.data_file
+            if header.has_data_file:
+                data["data-file-raw"] = header.data_file_is_raw
             data["lazy-refcounts"] = bool(header.compatible_features & LAZY_REFCOUNTS)
             data["corrupt"] = bool(header.incompatible_features & CORRUPT)
             data["extended-l2"] = self.image.layout.extended_l2
@@ -334,6 +350,8 @@ def _choose_snapshot(
     wanted = take_str(name, options, "snapshot", None)
     if wanted is None:
         return
+    if header.has_data_file:
+        raise ImageError(name, "has an external data file, so it can't have snapshots")
     if not node.read_only:
         raise ImageError(name, f"snapshot '{wanted}' can only be opened read-only")
     found = snapshots.find(wanted)

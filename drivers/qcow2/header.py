@@ -25,7 +25,14 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from blockemu.drivers.errors import ImageError
-from blockemu.drivers.qcow2.features import CORRUPT, EXTENDED_L2, SUPPORTED, feature_names
+from blockemu.drivers.qcow2.features import (
+    CORRUPT,
+    DATA_FILE,
+    EXTENDED_L2,
+    RAW_DATA,
+    SUPPORTED,
+    feature_names,
+)
 from blockemu.drivers.qcow2.layout import (
     BACKING_NAME_MAX,
     CLUSTER_BITS_MAX,
@@ -110,6 +117,22 @@ class Header:
     def backing_format(self) -> str | None:
         data = self.extension(EXTENSION_BACKING_FORMAT)
         return data.decode("utf-8", "replace") if data is not None else None
+
+    @property
+    def has_data_file(self) -> bool:
+        """The guest's clusters lie in an external data file."""
+        return bool(self.incompatible_features & DATA_FILE)
+
+    @property
+    def data_file(self) -> str | None:
+        """The name that the header has for it; it needn't have one."""
+        data = self.extension(EXTENSION_DATA_FILE) if self.has_data_file else None
+        return data.decode("utf-8", "surrogateescape") if data else None
+
+    @property
+    def data_file_is_raw(self) -> bool:
+        """The data file is a raw image of the disk, and has to stay one."""
+        return self.has_data_file and bool(self.autoclear_features & RAW_DATA)
 
     def fixed_fields(self) -> bytes:
         """The first `header_length` bytes; what changes in place while an image is open."""
@@ -277,6 +300,8 @@ def _check_features(name: str, header: Header) -> None:
         table = header.extension(EXTENSION_FEATURE_NAMES) or b""
         names = ", ".join(feature_names(unsupported, table))
         raise ImageError(name, f"unsupported incompatible feature(s): {names}")
+    if "\0" in (header.data_file or ""):
+        raise ImageError(name, "the name of its external data file holds a zero byte")
 
 
 def check_tables(name: str, header: Header, *, file_bytes: int) -> None:

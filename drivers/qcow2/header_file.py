@@ -12,6 +12,7 @@ be durable before; that is the caller's part.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.errors import ImageError, io_error
@@ -53,6 +54,8 @@ class HeaderFile:
         self.header = header
         self.snapshots = SnapshotTable()
         """The table that the header names."""
+        self.on_moved: Callable[[], None] = lambda: None
+        """Told when the header has come to name other places of tables. Suspends: never."""
         self._file = file
         self._lost = False
         """A `replace` failed: which header is in the file isn't known."""
@@ -79,11 +82,13 @@ class HeaderFile:
         self.header.refcount_table_offset = offset
         self.header.refcount_table_clusters = clusters
         await self._write()
+        self.on_moved()
 
     async def move_l1(self, *, offset: int, entries: int) -> None:
         self.header.l1_table_offset = offset
         self.header.l1_size = entries
         await self._write()
+        self.on_moved()
 
     async def move_disk(self, *, offset: int, entries: int, size: int) -> None:
         """Another L1 table with another size, at once."""
@@ -95,6 +100,7 @@ class HeaderFile:
         self.header.nb_snapshots = len(table.entries)
         await self._write()
         self.snapshots = table
+        self.on_moved()
 
     async def set_size(self, size: int) -> None:
         self.header.size = size
@@ -128,6 +134,7 @@ class HeaderFile:
             self._lost = True
             raise
         self.header = header
+        self.on_moved()
 
     async def _write(self) -> None:
         if self._lost:

@@ -12,6 +12,8 @@ with a flush of the file wherever a phase names what an earlier one wrote:
     [file flush] L1 table                a new L2 table's contents before the entry that names it
     [file flush]                         if the caller wants to know that all this is safe
 
+An external data file is flushed before the L2 tables, too, which name what was written to it.
+
 Phases with nothing to write are left out. New places of the L1 table, the refcount table or the
 header's other fields are rare and written by those who change them, with the same rule.
 
@@ -36,6 +38,8 @@ from blockemu.drivers.errors import io_error
 from blockemu.loop.sync import Mutex
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from blockemu.drivers.qcow2.image_file import ImageFile
     from blockemu.drivers.qcow2.root_table import RootTable
     from blockemu.drivers.qcow2.table_cache import Capture, TableCache
@@ -75,6 +79,7 @@ class MetadataWriter:
         self.released: list[Reference] = []
         """Durably let go; refcount.py lowers their refcounts."""
         self._file = file
+        self._flush_data: Callable[[], Awaitable[None]] | None = None
         self._let_go: list[Reference] = []
         self._let_go_clusters = 0
         self._mutex = Mutex()
@@ -90,6 +95,10 @@ class MetadataWriter:
         self.reftable = reftable
         self.l2 = l2
         self.l1 = l1
+
+    def attach_data_file(self, flush: Callable[[], Awaitable[None]]) -> None:
+        """The guest's data lie in a file of their own: `flush` makes them durable."""
+        self._flush_data = flush
 
     def let_go(self, reference: Reference) -> None:
         """An entry that was changed just now named these clusters. Suspends: never."""
@@ -176,6 +185,8 @@ class MetadataWriter:
         if captured.reftable[0]:
             await file.flush()
             await file.write_all(captured.reftable[0])
+        if self._flush_data is not None and (captured.l2.writes or durable):
+            await self._flush_data()
         if captured.l2.writes:
             await file.flush()
             await file.write_all(captured.l2.writes)

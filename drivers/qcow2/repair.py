@@ -32,7 +32,7 @@ from blockemu.drivers.qcow2.check import Examination
 from blockemu.drivers.qcow2.compression import TYPE_NAMES
 from blockemu.drivers.qcow2.copied_flags import CopiedFlags
 from blockemu.drivers.qcow2.entry_runs import EntryReader, runs_of
-from blockemu.drivers.qcow2.features import CORRUPT, DIRTY
+from blockemu.drivers.qcow2.features import CORRUPT, DIRTY, RAW_DATA
 from blockemu.drivers.qcow2.findings import CheckResult, Findings, Say, say_nothing
 from blockemu.drivers.qcow2.header_file import HeaderFile, read_header
 from blockemu.drivers.qcow2.image_file import ImageFile
@@ -131,7 +131,8 @@ class _Repair:
 
     async def begin(self) -> None:
         """Before the first change: data that only others could keep right is theirs no more."""
-        await self.header_file.keep_autoclear(AUTOCLEAR_BITMAPS)
+        raw = RAW_DATA if self._header.has_data_file else 0
+        await self.header_file.keep_autoclear(AUTOCLEAR_BITMAPS | raw)
 
     async def run(self, repair: Repair) -> None:
         """Steps 1 to 4. Raises: ImageError, OSError."""
