@@ -7,6 +7,7 @@ import click
 
 from blockemu.cli.img_amend import amend
 from blockemu.cli.img_bench import bench
+from blockemu.cli.img_bitmap import bitmap
 from blockemu.cli.img_check import check
 from blockemu.cli.img_commit import commit
 from blockemu.cli.img_compare import compare
@@ -37,6 +38,7 @@ def img() -> None:
 
 
 img.add_command(bench)
+img.add_command(bitmap)
 img.add_command(compare)
 img.add_command(convert)
 img.add_command(check)

@@ -69,6 +69,10 @@ Examples:
     help="How many pieces are under way at once.",
 )
 @click.option("-c", "--compress", is_flag=True, help="Store clusters of DST compressed (qcow2).")
+@click.option("--bitmaps", is_flag=True, help="Copy the persistent dirty bitmaps of SRC, too.")
+@click.option(
+    "--skip-broken-bitmaps", is_flag=True, help="With --bitmaps: leave out inconsistent ones."
+)
 @click.option("-W", "--out-of-order", is_flag=True, help="Write pieces in any order.")
 @cache_option("-t", "target_cache", default="unsafe", what="writing")
 @cache_option("-T", "source_cache", default="writeback", what="reading")
@@ -89,6 +93,8 @@ def convert(
     sparse_bytes: int,
     requests_max: int,
     compress: bool,
+    bitmaps: bool,
+    skip_broken_bitmaps: bool,
     out_of_order: bool,
     target_cache: str,
     source_cache: str,
@@ -121,6 +127,8 @@ def convert(
         requests_max=requests_max,
         in_order=not out_of_order,
         compressed=compress,
+        bitmaps=bitmaps,
+        skip_broken_bitmaps=skip_broken_bitmaps,
         source_cache=source_cache,
         target_cache=target_cache,
         force_share=force_share,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from blockemu.drivers.chain_status import backing_node
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.sector import SECTOR_BYTES, sectors_up
+from blockemu.img.copy_bitmaps import bitmaps_to_copy, copy_bitmaps
 from blockemu.img.create import CreateRequest, run_create
 from blockemu.img.session import finish, open_image, run_session
 from blockemu.jobs.convert import ConvertJob, ConvertPlan
@@ -52,6 +53,8 @@ class ConvertRequest:
     requests_max: int = 8
     in_order: bool = True
     compressed: bool = False
+    bitmaps: bool = False
+    skip_broken_bitmaps: bool = False
     source_cache: str = "writeback"
     target_cache: str = "unsafe"
     force_share: bool = False
@@ -67,6 +70,10 @@ class ConvertRequest:
             raise ImageError(self.target, "is new: --target-is-zero goes with -n only")
         if self.existing and self.option_texts:
             raise ImageError(self.target, "is not made anew (-n), so it takes no options (-o)")
+        if self.skip_broken_bitmaps and not self.bitmaps:
+            raise ImageError(self.target, "Use of --skip-broken-bitmaps requires --bitmaps")
+        if self.bitmaps and len(self.sources) != 1:
+            raise ImageError(self.target, "Copying bitmaps only possible with single source")
 
 
 def convert_images(request: ConvertRequest, *, progress: Progress) -> None:
@@ -100,8 +107,12 @@ async def convert_opened(
 
     Context: the opener's. Suspends: while the jobs run. Raises: ImageError.
     """
+    bitmaps = None
+    if request.bitmaps:
+        skip_broken = request.skip_broken_bitmaps
+        bitmaps = await bitmaps_to_copy(sources[0].node, skip_broken=skip_broken)
     if request.existing:
-        await _copy(opener, request, sources, progress)
+        await _copy(opener, request, sources, bitmaps, progress)
         return
     length = sum(sectors_up(source.length_bytes) for source in sources)
     to_create = CreateRequest.from_user(
@@ -112,7 +123,7 @@ async def convert_opened(
     existed = os.path.lexists(request.target)
     try:
         await run_create(to_create, opener, cache=request.target_cache)
-        await _copy(opener, request, sources, progress)
+        await _copy(opener, request, sources, bitmaps, progress)
     except BaseException:
         if not existed:
             _remove(request.target)
@@ -120,7 +131,11 @@ async def convert_opened(
 
 
 async def _copy(
-    opener: Opener, request: ConvertRequest, sources: Sequence[BlockBackend], progress: Progress
+    opener: Opener,
+    request: ConvertRequest,
+    sources: Sequence[BlockBackend],
+    bitmaps: Sequence[str] | None,
+    progress: Progress,
 ) -> None:
     async with open_image(
         opener, request.target, fmt=request.target_fmt, writable=True, cache=request.target_cache
@@ -144,6 +159,8 @@ async def _copy(
             compressed=request.compressed,
         )
         await finish(ConvertJob("convert", plan, main_ctx=opener.ctx, on_progress=progress))
+        if bitmaps is not None:
+            await copy_bitmaps(sources[0].node, target.node, bitmaps)
 
 
 def _check_compressible(target: BlockBackend, sources: Sequence[BlockBackend]) -> None:

@@ -28,11 +28,11 @@ _SPECIFIC_ORDER = (
     "compat",
     "compression-type",
     "lazy-refcounts",
+    "bitmaps",
     "refcount-bits",
     "encrypt",
     "data-file",
     "data-file-raw",
-    "bitmaps",
     "corrupt",
     "extended-l2",
 )
@@ -178,8 +178,12 @@ def _specific_lines(values: Facts, *, indent: int) -> list[str]:
         elif isinstance(value, list):
             lines.append(f"{name}:")
             for index, item in enumerate(value):
-                lines.append("    " * (indent + 1) + f"[{index}]:")
-                lines += _specific_lines(item, indent=indent + 2)
+                mark = "    " * (indent + 1) + f"[{index}]:"
+                if isinstance(item, dict):
+                    lines.append(mark)
+                    lines += _specific_lines(item, indent=indent + 2)
+                else:
+                    lines.append(f"{mark} {item}")
         else:
             shown = str(value).lower() if isinstance(value, bool) else value
             lines.append(f"{name}: {shown}")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.options import take_bool, take_choice, take_size, take_str
+from blockemu.drivers.qcow2.bitmap_directory import AUTOCLEAR_BITMAPS
 from blockemu.drivers.qcow2.cluster_map import Kind
 from blockemu.drivers.qcow2.features import LAZY_REFCOUNTS, RAW_DATA, feature_names, name_table
 from blockemu.drivers.qcow2.header import (
@@ -153,7 +154,7 @@ def _check_downgrade(name: str, header: Header) -> None:
     elif header.incompatible_features:
         table = header.extension(EXTENSION_FEATURE_NAMES) or b""
         lacks = ", ".join(feature_names(header.incompatible_features, table))
-    elif header.extension(EXTENSION_BITMAPS) is not None:
+    elif header.autoclear_features & AUTOCLEAR_BITMAPS:
         lacks = "bitmaps"
     if lacks is not None:
         raise ImageError(name, f"can't become version 2 (compat=0.10), which has no {lacks}")
@@ -168,7 +169,9 @@ def _to_version_2(header: Header) -> None:
     header.header_length, header.additional = V2_LENGTH, b""
     header.compatible_features = header.autoclear_features = 0
     header.extensions = [
-        found for found in header.extensions if found.kind != EXTENSION_FEATURE_NAMES
+        found
+        for found in header.extensions
+        if found.kind not in (EXTENSION_FEATURE_NAMES, EXTENSION_BITMAPS)
     ]
 
 

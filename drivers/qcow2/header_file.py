@@ -11,11 +11,17 @@ be durable before; that is the caller's part.
 
 from __future__ import annotations
 
+import copy
 import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.errors import ImageError, io_error
+from blockemu.drivers.qcow2.bitmap_directory import (
+    AUTOCLEAR_BITMAPS,
+    BitmapDirectory,
+    with_directory,
+)
 from blockemu.drivers.qcow2.features import CORRUPT
 from blockemu.drivers.qcow2.header import V2_LENGTH, Header, first_cluster_bytes, parse
 from blockemu.drivers.qcow2.header_rewrite import rewrite, with_backing
@@ -54,17 +60,13 @@ class HeaderFile:
         self.header = header
         self.snapshots = SnapshotTable()
         """The table that the header names."""
+        self.bitmaps = BitmapDirectory()
+        """The directory that it names."""
         self.on_moved: Callable[[], None] = lambda: None
         """Told when the header has come to name other places of tables. Suspends: never."""
         self._file = file
         self._lost = False
         """A `replace` failed: which header is in the file isn't known."""
-
-    async def clear_autoclear(self) -> None:
-        """We know no autoclear feature's data, so we are about to make it stale: say so first."""
-        if self.header.autoclear_features:
-            self.header.autoclear_features = 0
-            await self._write()
 
     async def keep_autoclear(self, known: int) -> None:
         """The caller keeps the data of the autoclear features `known` right, no others."""
@@ -100,6 +102,17 @@ class HeaderFile:
         self.header.nb_snapshots = len(table.entries)
         await self._write()
         self.snapshots = table
+        self.on_moved()
+
+    async def move_bitmaps(self, directory: BitmapDirectory) -> None:
+        """Name another bitmap directory, or none. Guarantees and errors: as `replace`."""
+        new = copy.copy(self.header)
+        new.extensions = with_directory(self.header, directory)
+        new.autoclear_features &= ~AUTOCLEAR_BITMAPS
+        if directory.entries:
+            new.autoclear_features |= AUTOCLEAR_BITMAPS
+        await self.replace(new)
+        self.bitmaps = directory
         self.on_moved()
 
     async def set_size(self, size: int) -> None:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.qcow2.bitmap_directory import AUTOCLEAR_BITMAPS
 from blockemu.drivers.qcow2.cluster_lock import ClusterLocks
 from blockemu.drivers.qcow2.cluster_map import ClusterMap
 from blockemu.drivers.qcow2.compression import compressor, decompressor
@@ -29,7 +30,12 @@ from blockemu.drivers.qcow2.guest_erase import GuestEraser
 from blockemu.drivers.qcow2.guest_parts import guest_parts
 from blockemu.drivers.qcow2.guest_read import GuestReader
 from blockemu.drivers.qcow2.guest_write import GuestWriter
-from blockemu.drivers.qcow2.header import Header, check_tables, check_writable
+from blockemu.drivers.qcow2.header import (
+    EXTENSION_BITMAPS,
+    Header,
+    check_tables,
+    check_writable,
+)
 from blockemu.drivers.qcow2.header_file import HeaderFile
 from blockemu.drivers.qcow2.image_file import ImageFile
 from blockemu.drivers.qcow2.layout import Layout
@@ -148,7 +154,11 @@ async def open_image(
             data_file = DataFile(data_child, header=header, name=name)
         image = _assemble(name, header, file, data_file, l1, reftable, options, buffers)
         if not read_only:
-            await image.header_file.keep_autoclear(RAW_DATA if header.has_data_file else 0)
+            has_bitmaps = header.extension(EXTENSION_BITMAPS) is not None
+            await image.header_file.keep_autoclear(
+                (AUTOCLEAR_BITMAPS if has_bitmaps else 0)
+                | (RAW_DATA if header.has_data_file else 0)
+            )
     except OSError as error:
         raise ImageError.from_os_error(name, error) from error
     return image

@@ -4,7 +4,8 @@
 Which kinds are looked after is QEMU's option `overlap-check` (options.py). All but one are known
 without reading anything: the header, the L1 table and the L2 tables that it names, the refcount
 table and the blocks that it names, the snapshot table, the snapshots' L1 tables, the bitmap
-directory. The L2 tables of snapshots are read once, and again when the snapshots change.
+directory with the tables that it names. The L2 tables of snapshots are read once, and again when
+the snapshots change.
 
 The clusters stand in a sorted array, so a question is one bisection, whatever the size of the
 image: 8 bytes for each entry of the L1 and the refcount table, whose sizes are bounded (layout.py).
@@ -28,7 +29,7 @@ from heapq import merge
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.errors import io_error
-from blockemu.drivers.qcow2.header import EXTENSION_BITMAPS, SNAPSHOT_ENTRY_MIN
+from blockemu.drivers.qcow2.header import SNAPSHOT_ENTRY_MIN
 from blockemu.drivers.qcow2.layout import OFFSET_MASK, Layout, div_up
 from blockemu.drivers.qcow2.root_table import ENTRY_BYTES, RootTable
 from blockemu.drivers.qcow2.table_cache import words_from
@@ -212,7 +213,7 @@ class MetadataPlaces:
         if kind is Structure.INACTIVE_L1:
             return snapshots.l1_ranges(self._file.length)
         assert kind is Structure.BITMAP_DIRECTORY
-        return _bitmap_directory(header.extension(EXTENSION_BITMAPS), self._file.length)
+        return [(offset, length) for _, offset, length in self._header.bitmaps.ranges()]
 
 
 def _nothing() -> array[int]:
@@ -226,13 +227,3 @@ def _named(words: array[int], bits: int) -> Iterator[int]:
 
 def _range(table: RootTable) -> tuple[int, int]:
     return table.offset, len(table) * ENTRY_BYTES
-
-
-def _bitmap_directory(extension: bytes | None, file_bytes: int) -> list[tuple[int, int]]:
-    """Layout (specification: Bitmaps extension): u32 number of bitmaps, u32 reserved, u64 bytes and
-    u64 offset of the directory. None that can't be one: nothing reads it."""
-    if extension is None or len(extension) < 24:
-        return []
-    length = int.from_bytes(extension[8:16], "big")
-    offset = int.from_bytes(extension[16:24], "big")
-    return [(offset, length)] if offset + length <= file_bytes else []

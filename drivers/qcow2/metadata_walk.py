@@ -20,6 +20,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
+from blockemu.drivers.qcow2.bitmap_directory import TABLE_ENTRIES_MAX
+from blockemu.drivers.qcow2.bitmap_table import ENTRY_RESERVED
 from blockemu.drivers.qcow2.entry_runs import CHUNK_ENTRIES, EntryReader, runs_of
 from blockemu.drivers.qcow2.l2_table import L2Table, read_l2
 from blockemu.drivers.qcow2.layout import (
@@ -36,7 +38,6 @@ from blockemu.drivers.qcow2.layout import (
 from blockemu.drivers.qcow2.reference_counts import Allowance, ReferenceCounts
 from blockemu.drivers.qcow2.root_table import ENTRY_BYTES
 from blockemu.drivers.qcow2.table_lists import (
-    BITMAP_TABLE_ENTRIES_MAX,
     read_bitmaps,
     read_snapshots,
 )
@@ -56,8 +57,6 @@ UNALIGNED_TABLES_MAX: Final = 32
 _TABLE_PAGE_BITS = 10
 """L2 tables lie far apart: a page of their counts covers 64 MiB at 64 KiB clusters."""
 _NO_LIMIT = 1 << 62
-
-_BITMAP_RESERVED = 0xFF00_0000_0000_01FE
 
 
 class MetadataWalk:
@@ -360,7 +359,7 @@ class MetadataWalk:
             await self._bitmap_table(table.offset, table.entries, f"{table.label}: its table")
 
     async def _bitmap_table(self, offset: int, entries: int, what: str) -> None:
-        if offset % self._size or entries > BITMAP_TABLE_ENTRIES_MAX:
+        if offset % self._size or entries > TABLE_ENTRIES_MAX:
             self._findings.corruption(f"{what} ({entries} entries at {offset:#x}) is not possible")
             return
         self._refer(offset, entries * ENTRY_BYTES, what)
@@ -371,7 +370,7 @@ class MetadataWalk:
             for index, entry in enumerate(words or ()):
                 host = entry & OFFSET_MASK
                 where = f"bitmap table entry at {offset + (start + index) * ENTRY_BYTES:#x}"
-                if entry & _BITMAP_RESERVED or (host and (host % self._size or entry & 1)):
+                if entry & ENTRY_RESERVED or (host and (host % self._size or entry & 1)):
                     self._findings.corruption(f"{where} is not possible: {entry:#x}")
                 elif host:
                     self._refer(host, self._size, where)

@@ -28,6 +28,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.qcow2.bitmap_directory import AUTOCLEAR_BITMAPS
 from blockemu.drivers.qcow2.check import Examination
 from blockemu.drivers.qcow2.compression import TYPE_NAMES
 from blockemu.drivers.qcow2.copied_flags import CopiedFlags
@@ -40,7 +41,6 @@ from blockemu.drivers.qcow2.l2_table import L2Table, read_l2, write_l2
 from blockemu.drivers.qcow2.layout import COMPRESSED, OFFSET_MASK, SECTOR, ZERO
 from blockemu.drivers.qcow2.refcount_rebuild import Gaps, rebuild_refcounts
 from blockemu.drivers.qcow2.reference_counts import LARGE
-from blockemu.drivers.qcow2.table_lists import AUTOCLEAR_BITMAPS
 
 if TYPE_CHECKING:
     from blockemu.drivers.child import BdrvChild

@@ -96,6 +96,7 @@ class Checker:
             offset += -(-(40 + extra + id_length + name_length) // 8) * 8
         if count:
             self._refer(self.snapshots[0], self._clusters(offset - self.snapshots[0]), "snapshots")
+        self._refer_bitmaps()
         top = max([*self.references, len(self.image) >> self.bits])
         for cluster in range(top + 1):
             found, wanted = self.refcount(cluster), self.references[cluster]
@@ -103,6 +104,60 @@ class Checker:
                 self.corruptions.append(f"cluster {cluster}: refcount {found}, {wanted} references")
             elif found > wanted:
                 self.leaks.append(cluster)
+
+    def _bitmap_directory(self) -> tuple[int, int, int]:
+        """Offset, length and entries of what the bitmaps extension names, if it is to be believed;
+        all 0 if not."""
+        if self.version < 3 or not self.image[95] & 1:
+            return 0, 0, 0
+        (position,) = struct.unpack_from(">I", self.image, 100)
+        kind, length = struct.unpack_from(">II", self.image, position)
+        while kind:
+            if kind == 0x23852875:
+                count, _, size, offset = struct.unpack_from(">IIQQ", self.image, position + 8)
+                return offset, size, count
+            position += 8 + -(-length // 8) * 8
+            kind, length = struct.unpack_from(">II", self.image, position)
+        return 0, 0, 0
+
+    def _bitmap_entries(self) -> list[tuple[str, int, int, int, int]]:
+        """Name, flags, granularity, offset and entries of the table, of each bitmap."""
+        offset, length, count = self._bitmap_directory()
+        end, found = offset + length, []
+        for _ in range(count):
+            table, entries, flags, kind, bits, name_length, extra = struct.unpack_from(
+                ">QIIBBHI", self.image, offset
+            )
+            assert kind == 1
+            start = offset + 24 + extra
+            name = bytes(self.image[start : start + name_length]).decode(errors="surrogateescape")
+            found.append((name, flags, 1 << bits, table, entries))
+            offset += -(-(24 + extra + name_length) // 8) * 8
+        assert offset == end
+        return found
+
+    def _refer_bitmaps(self) -> None:
+        offset, length, _ = self._bitmap_directory()
+        self._refer(offset, self._clusters(length), "bitmap directory")
+        for _, _, _, table, entries in self._bitmap_entries():
+            self._refer(table, self._clusters(entries * 8), "bitmap table")
+            for word in self.words(table, entries):
+                if word & OFFSET:
+                    self._refer(word, 1, "bitmap data")
+
+    def bitmaps(self) -> dict[str, tuple[int, list[int]]]:
+        """By name: the flags, and the dirty granules' numbers."""
+        found = {}
+        for name, flags, granularity, table, entries in self._bitmap_entries():
+            pieces = []
+            for word in self.words(table, entries):
+                host = word & OFFSET
+                part = bytes(self.image[host : host + self.size]) if host else b""
+                pieces.append(part.ljust(self.size, b"\xff" if word == 1 else b"\0"))
+            row = int.from_bytes(b"".join(pieces), "little")
+            digits = f"{row:b}"[::-1][: -(-self.disk_bytes // granularity)]
+            found[name] = (flags, [bit for bit, digit in enumerate(digits) if digit == "1"])
+        return found
 
     def _walk(self, offset: int, entries: int, *, active: bool) -> None:
         self._refer(offset, self._clusters(entries * 8), "L1 table")
@@ -178,7 +233,7 @@ class Checker:
             (extra,) = struct.unpack_from(">I", self.image, offset + 36)
             (size,) = struct.unpack_from(">Q", self.image, offset + 48)
             start = offset + 40 + extra + id_length
-            name = bytes(self.image[start : start + name_length]).decode()
+            name = bytes(self.image[start : start + name_length]).decode(errors="surrogateescape")
             found[name] = self._read((l1, entries), size)
             offset += -(-(40 + extra + id_length + name_length) // 8) * 8
         return found
