@@ -3,7 +3,8 @@
 
 Runs what is installed, says what is missing, prints as it goes, and ends with the targets.
 ``--check`` makes a missed target an exit status of 1. The parts: the servers side by side, an
-export's isolation from a busy main thread, two IOThreads at once, and writes that allocate.
+export's isolation from a busy main thread, two IOThreads at once, writes that allocate, and the
+img commands beside qemu-img.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import allocation
+from benchmarks import allocation, img_tools
 from benchmarks.contestants import CONTESTANTS, EXTRA_CONTESTANTS, OURS, Contestant, Stand
 from benchmarks.images import copy_image, make_master, takes_direct_io
 from benchmarks.iothreads import iothreads_section, run_iothreads
@@ -30,6 +31,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.measure import Sample, run_setting
 from benchmarks.options import (
     ALLOCATION,
+    IMG,
     IOTHREADS,
     ISOLATION,
     SERVERS,
@@ -162,6 +164,12 @@ class Run:
             samples = allocation.run_allocation(folders, rounds=self.options.rounds, complain=say)
         self._add(allocation.allocation_section(samples))
 
+    def run_img(self) -> None:
+        """The img commands beside qemu-img."""
+        with tempfile.TemporaryDirectory(prefix="bench-", dir=self.options.cache_dir) as name:
+            samples = img_tools.run_img(Path(name), rounds=self.options.rounds, complain=say)
+        self._add(img_tools.img_section(samples))
+
     def _add(self, section: Section) -> None:
         self.sections.append(section)
         say(text_section(section) + "\n")
@@ -274,6 +282,7 @@ def main() -> int:
         ISOLATION: run.run_isolation,
         IOTHREADS: run.run_iothreads,
         ALLOCATION: run.run_allocation,
+        IMG: run.run_img,
     }
     for part in choose_parts(options):
         parts[part]()

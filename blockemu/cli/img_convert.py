@@ -5,7 +5,12 @@ from __future__ import annotations
 
 import click
 
-from blockemu.cli.image_options import cache_option, force_share_option, quiet_option
+from blockemu.cli.image_options import (
+    cache_option,
+    force_share_option,
+    image_opts_option,
+    quiet_option,
+)
 from blockemu.cli.progress import progress_bar, progress_option
 from blockemu.cli.sizes import read_size
 from blockemu.cli.verbosity import verbose_option
@@ -16,6 +21,7 @@ Examples:
   blockemu img convert -f raw -O qcow2 disk.raw disk.qcow2
   blockemu img convert -p -f qcow2 -O raw -S 64k disk.qcow2 disk.raw
   blockemu img convert -c -f raw -O qcow2 -o compression_type=zstd disk.raw disk.qcow2
+  blockemu img convert -l before-upgrade -f qcow2 -O qcow2 disk.qcow2 then.qcow2
   blockemu img convert -n -W -f qcow2 -O raw disk.qcow2 /dev/vg/disk
 """
 
@@ -68,6 +74,15 @@ Examples:
     show_default=True,
     help="How many pieces are under way at once.",
 )
+@click.option(
+    "-l",
+    "--snapshot",
+    metavar="SNAPSHOT",
+    help="Copy SRC as it was at this internal snapshot (an id, or else a name).",
+)
+@click.option(
+    "--salvage", is_flag=True, help="Go on where SRC can't be read: DST gets zeroes there."
+)
 @click.option("-c", "--compress", is_flag=True, help="Store clusters of DST compressed (qcow2).")
 @click.option("--bitmaps", is_flag=True, help="Copy the persistent dirty bitmaps of SRC, too.")
 @click.option(
@@ -82,6 +97,7 @@ Examples:
 @click.argument("filenames", metavar="SRC... DST", nargs=-1, required=True)
 @click.help_option("-h", "--help")
 @verbose_option
+@image_opts_option("filenames")
 def convert(
     fmt: str | None,
     target_fmt: str,
@@ -92,6 +108,8 @@ def convert(
     target_is_zero: bool,
     sparse_bytes: int,
     requests_max: int,
+    snapshot: str | None,
+    salvage: bool,
     compress: bool,
     bitmaps: bool,
     skip_broken_bitmaps: bool,
@@ -104,6 +122,7 @@ def convert(
     filenames: tuple[str, ...],
 ) -> None:
     """Copy the disk images SRC, one behind the other, into the disk image DST."""
+    from blockemu.cli.failure import report
     from blockemu.img.convert import ConvertRequest, convert_images
     from blockemu.img.options import help_wanted, options_help
 
@@ -117,6 +136,8 @@ def convert(
         sources=sources,
         target=target,
         source_fmt=fmt,
+        snapshot=snapshot,
+        salvage=salvage,
         target_fmt=target_fmt,
         option_texts=options,
         backing_file=backing,
@@ -133,5 +154,10 @@ def convert(
         target_cache=target_cache,
         force_share=force_share,
     )
+
+    def warn(text: str) -> None:
+        if not quiet:
+            report(f"warning: {text}")
+
     with progress_bar(wanted=progress and not quiet) as show:
-        convert_images(request, progress=show)
+        convert_images(request, progress=show, warn=warn)

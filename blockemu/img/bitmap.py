@@ -126,6 +126,8 @@ async def _do(
 async def _opened(
     opener: Opener, path: str, fmt: str | None, *, read_only: bool
 ) -> AsyncIterator[BlockDriverState]:
+    if fmt is None and not read_only:
+        fmt = await _safe_guess(opener, path)
     node = await open_layer(opener, path, fmt=fmt, read_only=read_only)
     try:
         yield node
@@ -133,3 +135,21 @@ async def _opened(
         raise ImageError.from_os_error(path, error) from error
     finally:
         await node.close()
+
+
+async def _safe_guess(opener: Opener, path: str) -> str:
+    """The image's format, found out. Raises: ImageError, if another file would be opened for it,
+    whose name whoever can write to a raw disk could have put there."""
+    node = await open_layer(opener, path, fmt=None, read_only=True)
+    try:
+        other = node.driver.info().get("format-specific", {}).get("data", {}).get("data-file")
+        fmt = node.driver.name
+    finally:
+        await node.close()
+    if other is not None:
+        raise ImageError(
+            path,
+            f"has its data in another file, '{other}', and its format was only guessed: say "
+            f"-f {fmt} to open both",
+        )
+    return fmt

@@ -45,6 +45,7 @@ AMENDABLE: Final = (
     "data_file",
     "data_file_raw",
     "lazy_refcounts",
+    "refcount_bits",
     "size",
 )
 """Creation options that an image can be given later."""
@@ -52,6 +53,7 @@ AMENDABLE: Final = (
 ZEROES_AT_ONCE: Final = 1024 * 1024
 """Bytes of zeroes written at once: bounds the buffer."""
 
+REFCOUNT_BITS: Final = (1, 2, 4, 8, 16, 32, 64)
 _V2_REFCOUNT_ORDER: Final = 4
 _VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 
@@ -59,10 +61,12 @@ _VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Amendment:
     """What is to change; None: stays. `backing_file` "" is none, and so is `data_file` "": whoever
-    opens the image then has to name it."""
+    opens the image then has to name it. `refcount_bits` isn't the header's alone: refcount_bits.py
+    sees to it."""
 
     version: int | None = None
     lazy_refcounts: bool | None = None
+    refcount_bits: int | None = None
     size_bytes: int | None = None
     backing_file: str | None = None
     backing_fmt: str | None = None
@@ -82,6 +86,11 @@ class Amendment:
         lazy = None
         if "lazy_refcounts" in given:
             lazy = take_bool(name, given, "lazy_refcounts", default=False)
+        bits = take_size(name, given, "refcount_bits", None)
+        if bits is not None and bits not in REFCOUNT_BITS:
+            raise ImageError(
+                name, f"refcount_bits is a power of two up to {max(REFCOUNT_BITS)}, not {bits}"
+            )
         size_bytes = take_size(name, given, "size", None)
         if size_bytes is not None:
             size_bytes = round_up(size_bytes, SECTOR)
@@ -90,6 +99,7 @@ class Amendment:
         return cls(
             version=version,
             lazy_refcounts=lazy,
+            refcount_bits=bits,
             size_bytes=size_bytes,
             backing_file=take_str(name, given, "backing_file", None),
             backing_fmt=take_str(name, given, "backing_fmt", None),
@@ -106,6 +116,9 @@ class Amendment:
         version = self.version or header.version
         if version == 2 and self.lazy_refcounts:
             raise ImageError(name, "lazy_refcounts=on takes version 3 (compat=1.1)")
+        if version == 2 and self.refcount_bits not in (None, 1 << _V2_REFCOUNT_ORDER):
+            bits = self.refcount_bits
+            raise ImageError(name, f"refcounts of {bits} bits take version 3 (compat=1.1)")
         if version == 2 and header.version == 3:
             _check_downgrade(name, header)
         if self.size_bytes is not None and self.size_bytes < header.size:

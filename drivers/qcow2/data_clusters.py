@@ -7,7 +7,8 @@ own (specification: Incompatible features, bit 2). Guest cluster 0 has offset 0,
 tells that it is mapped (specification: Standard Cluster Descriptor).
 
 Since a cluster is written where it may have been before, its old contents are never needed again:
-- to map it, it is written whole, and is durable before its entry (metadata_writer.py);
+- to map it, it is written whole (but for zeroes that are there already, as a hole), and is durable
+  before its entry (metadata_writer.py);
 - discarded space is given back at once, after the entry has changed in memory: if the power fails
   before the entry is durable, the guest finds zeroes, which is what it was to see.
 
@@ -19,12 +20,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from blockemu.drivers.qcow2.cluster_map import ClusterMap, Extent, Kind
+from blockemu.drivers.qcow2.data_file import DataFile
 from blockemu.drivers.qcow2.guest_erase import GuestEraser
 from blockemu.drivers.qcow2.guest_write import GuestWriter, Target
 from blockemu.drivers.qcow2.layout import COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK, ZERO
 
 if TYPE_CHECKING:
-    from blockemu.drivers.qcow2.data_file import DataFile
     from blockemu.drivers.qcow2.metadata_writer import Reference
     from blockemu.drivers.qcow2.table_cache import Slice
 
@@ -92,6 +93,14 @@ class DataFileWriter(GuestWriter):
             run += 1
         await self._data.cover((cluster + run) << self._bits)
         return Target(cluster, run, reads_zero=False, taken=False, replaces_data=False)
+
+    async def _fill(self, target: Target, offset: int, view: memoryview) -> None:
+        """Where the data file has a hole, what lies around the request is zeroes already."""
+        start, length = target.first << self._bits, target.clusters << self._bits
+        if len(view) < min(length, self.disk_bytes - start):
+            assert isinstance(self._data.file, DataFile)
+            target = target._replace(reads_zero=await self._data.file.reads_zero(start, length))
+        await super()._fill(target, offset, view)
 
     async def map_all(self, first: int, last: int) -> None:
         """Map guest clusters `[first, last)`, whatever lies there. The caller holds them.

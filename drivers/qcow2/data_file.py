@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from blockemu.drivers.child import Role
 from blockemu.drivers.driver import RequestFlags
 from blockemu.drivers.errors import ImageError, io_error
+from blockemu.drivers.filename import parse_filename, resolve
 from blockemu.drivers.qcow2.guest_data import GuestData
 from blockemu.drivers.qcow2.image_file import ImageFile
 
@@ -88,6 +89,14 @@ class DataFile(ImageFile):
             flags = RequestFlags.MAY_UNMAP if may_unmap else RequestFlags.NONE
             await self.child.pwrite_zeroes(offset, end - offset, flags)
 
+    async def reads_zero(self, offset: int, length: int) -> bool:
+        """Whether the file is known to have nothing but zeroes there. Raises: OSError."""
+        end = min(offset + length, self.length)
+        if offset >= end:
+            return True
+        status = await self.child.block_status(offset, end - offset)
+        return status.zero and status.length >= end - offset
+
     async def discard(self, offset: int, length: int) -> None:
         if offset < self.length:
             await super().discard(offset, length)
@@ -114,13 +123,15 @@ async def open_data_file(
     The option null leaves the file alone: the image then can be described, but not read.
     Raises: ImageError.
     """
-    given = options.pop(CHILD) if CHILD in options else _named(name, header, node, opener)
+    given = options.pop(CHILD) if CHILD in options else _named(name, header, node)
     if given is None:
         if header.has_data_file and not node.read_only:
             raise ImageError(name, f"can't be written to without its data file ({CHILD})")
         return None
     if not header.has_data_file:
         raise ImageError(name, f"has no external data file, so it can't be given one ({CHILD})")
+    if isinstance(given, dict):
+        _refuse_self(name, node, given.get("filename"))
     perm, shared = opener.file_permissions(node)
     try:
         child = await opener.open_child(
@@ -131,23 +142,28 @@ async def open_data_file(
             reason = f"is the external data file of {name}: {error.reason}"
             raise ImageError(error.name, reason) from error
         raise
-    own, other = node.filename, child.node.filename
-    if own is not None and other is not None and os.path.realpath(own) == os.path.realpath(other):
-        raise ImageError(name, "can't be its own external data file")
+    _refuse_self(name, node, child.node.filename)
     node.children["file"].role = Role.METADATA
     return child
 
 
-def _named(
-    name: str, header: Header, node: BlockDriverState, opener: Opener
-) -> dict[str, Any] | None:
+def _refuse_self(name: str, node: BlockDriverState, other: object) -> None:
+    own = node.filename
+    if own is None or not isinstance(other, str):
+        return
+    if os.path.realpath(own) == os.path.realpath(other):
+        raise ImageError(name, "can't be its own external data file")
+
+
+def _named(name: str, header: Header, node: BlockDriverState) -> dict[str, Any] | None:
     if not header.has_data_file:
         return None
     if header.data_file is None:
         raise ImageError(
             name, f"has an external data file and doesn't say which: give the option '{CHILD}'"
         )
-    path = opener.resolve_backing(
-        node.filename or name, header.data_file, what="external data file"
-    )
-    return {"driver": "file", "filename": path, **node.file_options}
+    path = resolve(header.data_file, above=node.filename or name, what="external data file")
+    tree = parse_filename(path, node.file_options)
+    if "driver" not in tree:
+        raise ImageError(name, f"external data file '{path}': says no driver")
+    return tree

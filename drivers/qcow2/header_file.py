@@ -25,11 +25,13 @@ from blockemu.drivers.qcow2.bitmap_directory import (
 from blockemu.drivers.qcow2.features import CORRUPT
 from blockemu.drivers.qcow2.header import V2_LENGTH, Header, first_cluster_bytes, parse
 from blockemu.drivers.qcow2.header_rewrite import rewrite, with_backing
+from blockemu.drivers.qcow2.root_table import ENTRY_BYTES
 from blockemu.drivers.qcow2.snapshot_table import SnapshotTable
 
 if TYPE_CHECKING:
     from blockemu.drivers.child import BdrvChild
     from blockemu.drivers.qcow2.image_file import ImageFile
+    from blockemu.drivers.qcow2.root_table import RootTable
 
 FIRST_READ_BYTES = 4096
 
@@ -92,17 +94,30 @@ class HeaderFile:
         await self._write()
         self.on_moved()
 
-    async def move_disk(self, *, offset: int, entries: int, size: int) -> None:
-        """Another L1 table with another size, at once."""
-        self.header.size = size
-        await self.move_l1(offset=offset, entries=entries)
-
     async def move_snapshots(self, table: SnapshotTable) -> None:
         self.header.snapshots_offset = table.offset
         self.header.nb_snapshots = len(table.entries)
         await self._write()
         self.snapshots = table
         self.on_moved()
+
+    async def switch(
+        self,
+        *,
+        l1: tuple[int, int],
+        reftable: RootTable,
+        snapshots: SnapshotTable | None,
+        size: int | None,
+    ) -> None:
+        """Name other tables, and give the disk another size, all by one write. `l1`: offset and
+        entries of the L1 table."""
+        header = self.header
+        header.l1_table_offset, header.l1_size = l1
+        header.refcount_table_offset = reftable.offset
+        header.refcount_table_clusters = len(reftable) * ENTRY_BYTES // header.cluster_size
+        if size is not None:
+            header.size = size
+        await self.move_snapshots(snapshots if snapshots is not None else self.snapshots)
 
     async def move_bitmaps(self, directory: BitmapDirectory) -> None:
         """Name another bitmap directory, or none. Guarantees and errors: as `replace`."""

@@ -154,11 +154,10 @@ async def open_image(
             data_file = DataFile(data_child, header=header, name=name)
         image = _assemble(name, header, file, data_file, l1, reftable, options, buffers)
         if not read_only:
-            has_bitmaps = header.extension(EXTENSION_BITMAPS) is not None
-            await image.header_file.keep_autoclear(
-                (AUTOCLEAR_BITMAPS if has_bitmaps else 0)
-                | (RAW_DATA if header.has_data_file else 0)
-            )
+            known = RAW_DATA if header.has_data_file else 0
+            if header.extension(EXTENSION_BITMAPS) is not None:
+                known |= AUTOCLEAR_BITMAPS
+            await image.header_file.keep_autoclear(known)
     except OSError as error:
         raise ImageError.from_os_error(name, error) from error
     return image

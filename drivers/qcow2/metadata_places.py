@@ -4,8 +4,8 @@
 Which kinds are looked after is QEMU's option `overlap-check` (options.py). All but one are known
 without reading anything: the header, the L1 table and the L2 tables that it names, the refcount
 table and the blocks that it names, the snapshot table, the snapshots' L1 tables, the bitmap
-directory with the tables that it names. The L2 tables of snapshots are read once, and again when
-the snapshots change.
+directory and with it, unlike QEMU, the bitmaps' tables. The L2 tables of snapshots are read once,
+and again when the snapshots change.
 
 The clusters stand in a sorted array, so a question is one bisection, whatever the size of the
 image: 8 bytes for each entry of the L1 and the refcount table, whose sizes are bounded (layout.py).

@@ -35,10 +35,11 @@ import errno
 from typing import TYPE_CHECKING, NamedTuple
 
 from blockemu.drivers.errors import io_error
-from blockemu.loop.sync import Mutex
+from blockemu.loop.sync import Mutex, gather
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable, Coroutine
+    from typing import Any
 
     from blockemu.drivers.qcow2.image_file import ImageFile
     from blockemu.drivers.qcow2.root_table import RootTable
@@ -79,7 +80,7 @@ class MetadataWriter:
         self.released: list[Reference] = []
         """Durably let go; refcount.py lowers their refcounts."""
         self._file = file
-        self._flush_data: Callable[[], Awaitable[None]] | None = None
+        self._flush_data: Callable[[], Coroutine[Any, Any, None]] | None = None
         self._let_go: list[Reference] = []
         self._let_go_clusters = 0
         self._mutex = Mutex()
@@ -96,7 +97,7 @@ class MetadataWriter:
         self.l2 = l2
         self.l1 = l1
 
-    def attach_data_file(self, flush: Callable[[], Awaitable[None]]) -> None:
+    def attach_data_file(self, flush: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """The guest's data lie in a file of their own: `flush` makes them durable."""
         self._flush_data = flush
 
@@ -185,16 +186,23 @@ class MetadataWriter:
         if captured.reftable[0]:
             await file.flush()
             await file.write_all(captured.reftable[0])
-        if self._flush_data is not None and (captured.l2.writes or durable):
-            await self._flush_data()
         if captured.l2.writes:
-            await file.flush()
+            await self._flush_both()
             await file.write_all(captured.l2.writes)
         if captured.l1[0]:
             await file.flush()
             await file.write_all(captured.l1[0])
-        if durable:
+        if durable and not captured.l2.writes:
+            await self._flush_both()
+        elif durable:
             await file.flush()
+
+    async def _flush_both(self) -> None:
+        """The image's file, and that of the guest's data if there is one."""
+        if self._flush_data is None:
+            await self._file.flush()
+        else:
+            await gather(self._flush_data(), self._file.flush())
 
     def _settle(self, captured: _Captured, *, failed: bool, durable: bool) -> None:
         self.blocks.settle(captured.blocks, failed=failed)

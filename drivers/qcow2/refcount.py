@@ -38,7 +38,7 @@ from blockemu.drivers.qcow2.root_table import ENTRY_BYTES, RootTable
 from blockemu.drivers.qcow2.table_cache import Slice, TableCache, disk_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterator
 
     from blockemu.drivers.qcow2.corrupt_mark import CorruptMark
     from blockemu.drivers.qcow2.damage import DamageLog
@@ -55,6 +55,28 @@ class Allocation(NamedTuple):
     clusters: int
     reads_zero: bool
     is_fresh: bool
+
+
+class _Runs:
+    """Many references to one cluster each, neighbours together: 16 bytes for each run."""
+
+    def __init__(self) -> None:
+        self._firsts = array("Q")
+        self._rest = array("Q")
+
+    def append(self, reference: Reference, cluster: int) -> None:
+        flags = reference.is_table << 1 | reference.discard
+        if self._firsts:
+            first, rest = self._firsts[-1], self._rest[-1]
+            if rest & 3 == flags and first + (rest >> 2) == cluster:
+                self._rest[-1] = rest + 4
+                return
+        self._firsts.append(cluster)
+        self._rest.append(4 | flags)
+
+    def __iter__(self) -> Iterator[Reference]:
+        for first, rest in zip(self._firsts, self._rest, strict=True):
+            yield Reference(first, rest >> 2, is_table=bool(rest & 2), discard=bool(rest & 1))
 
 
 class Refcounts:
@@ -86,6 +108,7 @@ class Refcounts:
         self._corrupt_mark = mark
         self._pass_discard = pass_discard
         self._emptied: list[int] = []
+        self._postponed: _Runs | None = None
         self._overlaps = overlaps
         self._slice_entries = width.entries(cache.slice_bytes)
         self._first = 0 if overlaps.places.has(Structure.MAIN_HEADER) else 1
@@ -347,6 +370,17 @@ class Refcounts:
 
     # --- giving back ---
 
+    def start_postponing(self) -> None:
+        """From now on what would become free stays taken: the image on the disk uses it still, and
+        these counts aren't its counts (shadow_tables.py). Nor does the header name a new table."""
+        self._postponed = _Runs()
+
+    def stop_postponing(self) -> Iterator[Reference]:
+        """What would have become free meanwhile; it has one reference still."""
+        postponed, self._postponed = self._postponed, None
+        self._search_from = self._first
+        return iter(postponed or ())
+
     async def release(self, reference: Reference) -> None:
         """Count down at once: for clusters that no entry names, in memory or on disk.
 
@@ -387,6 +421,7 @@ class Refcounts:
         cluster, end = reference.first, reference.first + reference.clusters
         if delta < 0 and not reference.is_table:
             await self._overlaps.refuse(cluster, reference.clusters, BY_L2_ENTRY)
+        postponed = self._postponed if delta < 0 else None
         while cluster < end:
             found = await self._load_counted(cluster)
             await self._refuse_change(cluster)
@@ -401,6 +436,9 @@ class Refcounts:
                 cluster += stop - first
                 continue
             for index in range(first, stop):
+                if postponed is not None and self._width.get(found.words, index) == 1:
+                    postponed.append(reference, cluster - first + index)
+                    continue
                 count = self._add_one(found, index, cluster - first + index, delta)
                 if not count and reference.discard and self._pass_discard:
                     self._emptied.append(cluster - first + index)
@@ -460,7 +498,8 @@ class Refcounts:
         old_clusters = len(old) * ENTRY_BYTES // size
         freed = Reference(self._table.offset >> bits, old_clusters, is_table=True)
         try:
-            await self._header.move_refcount_table(offset=offset, clusters=table_clusters)
+            if self._postponed is None:
+                await self._header.move_refcount_table(offset=offset, clusters=table_clusters)
         except BaseException:
             self._writer.stop("the refcount table's new place may not be in the header")
             raise

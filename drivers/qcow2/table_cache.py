@@ -203,6 +203,12 @@ class TableCache:
             if start in self._loading:
                 self._stale.add(start)
 
+    def forget_all(self) -> None:
+        """Forget every slice, changes included. Nothing is being loaded or written."""
+        assert not self._loading
+        self.slices.clear()
+        self._dirty = {}
+
     # --- the form of an entry: one word, or as a subclass has it ---
 
     def _entry_bytes(self) -> int:

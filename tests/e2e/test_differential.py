@@ -81,6 +81,12 @@ VARIANTS = {
     "version-2-with-base": Variant(
         4 * MIB, 16 * KIB, {"compat": "0.10"}, backing=(("qcow2", 3 * MIB),)
     ),
+    "data-file-with-base": Variant(
+        4 * MIB + 512, 4 * KIB, {"data_file": "top.data"}, backing=(("raw", 3 * MIB),)
+    ),
+    "raw-data-file-direct": Variant(
+        4 * MIB + 512, 64 * KIB, {"data_file": "top.data", "data_file_raw": "on"}, cache="direct"
+    ),
 }
 
 
@@ -113,6 +119,8 @@ def make_chain(folder: Path, variant: Variant, rng: random.Random) -> tuple[Path
         below = image, fmt
     top = folder / "top.qcow2"
     options = {"cluster_size": variant.cluster_bytes, **variant.options}
+    if "data_file" in options:
+        options["data_file"] = str(folder / options["data_file"])
     base, base_fmt = below or (None, None)
     QemuImg.create(top, variant.size_bytes, options=options, backing=base, backing_fmt=base_fmt)
     content = content[: variant.size_bytes].ljust(variant.size_bytes, b"\0")

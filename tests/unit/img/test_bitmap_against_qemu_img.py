@@ -183,6 +183,23 @@ def test_amend_to_version_2_is_refused(broken: Path, capfd: pytest.CaptureFixtur
     check(broken)
 
 
+def test_bitmaps_of_an_image_with_an_external_data_file(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    options = {"data_file": "data", "data_file_raw": "on", "cluster_size": 4096}
+    path = QemuImg.create(Path("disk"), 64 * MIB, options=options)
+    found = ours(capfd, "bitmap", "--add", path, "b")
+    assert found.code == 1
+    assert "another file, 'data', and its format was only guessed: say -f qcow2" in found.err
+    written_by_us(path)
+    check(path)
+    assert dirty_by_qemu(path, "b14") == granules(WRITTEN, 1 << 14)
+    assert len(bitmaps_of(path)) == 3
+    our_output("bitmap", "-f", "qcow2", "--remove", path, "b9")
+    check(path)
+    QemuImg.compare(path, "data", one_fmt="qcow2")
+
+
 def written_by_us(path: Path) -> None:
     """A few ranges, in three bitmaps of different granularity."""
 

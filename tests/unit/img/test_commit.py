@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from tests.peers.qemu import QemuImg, QemuIo, run_tool
-from tests.peers.requirement import require_peer
 from tests.unit.img.chains import (
     DISK_BYTES,
     MIB,
@@ -41,11 +40,7 @@ SIZES = {
 NAMES = "base.raw middle.qcow2 top.qcow2"
 
 
-@pytest.fixture(autouse=True)
-def _peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    require_peer("qemu-img")
-    monkeypatch.chdir(tmp_path)
-    Path("made").mkdir()
+pytestmark = pytest.mark.usefixtures("made_here")
 
 
 CASES = [

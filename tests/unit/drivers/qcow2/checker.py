@@ -19,10 +19,13 @@ OFFSET = 0x00FF_FFFF_FFFF_FE00
 
 
 class Checker:
-    """Version 2 and 3 images, compressed clusters by deflate, internal snapshots counted."""
+    """Version 2 and 3 images, compressed clusters by deflate, internal snapshots counted.
 
-    def __init__(self, image: bytes | bytearray) -> None:
+    `data`: the content of the external data file, where the image has one."""
+
+    def __init__(self, image: bytes | bytearray, data: bytes | bytearray | None = None) -> None:
         self.image = image
+        self.data = data
         fields = struct.unpack_from(">4sIQIIQIIQQIIQ", image)
         assert fields[0] == b"QFI\xfb"
         self.version = fields[1]
@@ -38,20 +41,7 @@ class Checker:
         self.references: Counter[int] = Counter()
         self.corruptions: list[str] = []
         self.leaks: list[int] = []
-        self.stale: list[str] = []
-        """Of the corruptions, COPIED flags that aren't what the refcount says but do no harm:
-        clear, or set on what has one reference and a leak."""
-        self._wrong_flags: list[tuple[str, int, bool]] = []
         self._check()
-        for message, cluster, is_set in self._wrong_flags:
-            if not is_set or self.references[cluster] == 1:
-                self.stale.append(message)
-
-    @property
-    def harmful(self) -> list[str]:
-        """The corruptions that are any."""
-        stale = set(self.stale)
-        return [message for message in self.corruptions if message not in stale]
 
     def words(self, offset: int, count: int) -> tuple[int, ...]:
         data = bytes(self.image[offset : offset + 8 * count]).ljust(8 * count, b"\0")
@@ -161,11 +151,17 @@ class Checker:
 
     def _walk(self, offset: int, entries: int, *, active: bool) -> None:
         self._refer(offset, self._clusters(entries * 8), "L1 table")
-        for entry in self.words(offset, entries):
+        for index, entry in enumerate(self.words(offset, entries)):
             if entry & OFFSET:
                 self._refer(entry & OFFSET, 1, "L2 table")
                 self._check_copied(entry, "L1 entry", active=active)
-                for word, bitmap in self._l2(entry & OFFSET):
+                table = self._l2(entry & OFFSET)
+                for guest, (word, bitmap) in enumerate(table, index * len(table)):
+                    if self.data is not None:
+                        own = (guest << self.bits) | COPIED
+                        if word not in (0, 1, own, own | 1):
+                            self.corruptions.append(f"guest cluster {guest}: {word:#x}")
+                        continue
                     self._check_bitmap(word, bitmap)
                     if word & COMPRESSED:
                         self._refer_compressed(word)
@@ -211,9 +207,7 @@ class Checker:
     def _check_copied(self, entry: int, what: str, *, active: bool) -> None:
         cluster = (entry & OFFSET) >> self.bits
         if active and bool(entry & COPIED) != (self.refcount(cluster) == 1):
-            message = f"{what} {entry:#x}: COPIED is wrong"
-            self.corruptions.append(message)
-            self._wrong_flags.append((message, cluster, bool(entry & COPIED)))
+            self.corruptions.append(f"{what} {entry:#x}: COPIED is wrong")
 
     def _show(self, found: bytearray, guest: int, host: int, length: int) -> None:
         length = max(min(length, len(found) - guest), 0)
@@ -253,6 +247,12 @@ class Checker:
                         data = zlib.decompressobj(-12).decompress(packed, self.size)
                         assert len(data) == self.size, f"guest cluster at {guest:#x} is short"
                         found[guest : guest + self.size] = data[: disk_bytes - guest]
+                    elif self.data is not None:
+                        if word & COPIED and not word & 1:
+                            data = bytes(self.data[guest : guest + self.size])
+                            found[guest : guest + self.size] = data[: disk_bytes - guest].ljust(
+                                min(self.size, disk_bytes - guest), b"\0"
+                            )
                     elif bitmap & 0xFFFF_FFFF == 0xFFFF_FFFF:
                         self._show(found, guest, word & OFFSET, self.size)
                     else:
