@@ -104,9 +104,8 @@ class CopiedFlags:
                 end = run.at + max(run.entries, 1)
                 places = range(table.place(run.at), table.place(end), table.place(1) - offset)
                 wrong = await self._run(
-                    "L2 entry", places, run.value, weight,
-                    counted=not self._header.has_data_file,
-                )  # fmt: skip
+                    "L2 entry", places, run.value, weight, counted=not self._header.has_data_file
+                )
                 changed += [run.at + step for step in wrong]
         if changed and fix and self._fix:
             for index in changed:

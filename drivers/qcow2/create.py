@@ -11,7 +11,8 @@ the L2 tables exist without preallocation, too. Everything counts 1. The header 
 a creation that was cut short leaves no image.
 
 With extended L2 entries, preallocated clusters have their host cluster and no subcluster in it yet,
-as QEMU makes them: so a backing file shows through, and a device's old bytes don't.
+as QEMU makes them: so a backing file shows through, and a device's old bytes don't. In a raw data
+file all are there, which is what data_file.py asks for.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from blockemu.drivers.qcow2.header import (
 )
 from blockemu.drivers.qcow2.layout import COPIED, HOST_OFFSET_MAX, REFTABLE_BYTES_MAX, div_up
 from blockemu.drivers.qcow2.refcount_width import RefcountWidth
+from blockemu.drivers.qcow2.subclusters import ALL_ALLOCATED
 from blockemu.drivers.qcow2.table_cache import disk_bytes
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ async def create(
         first = plan.data if data is None else 0
         await _write_entries(
             node, plan.l2 * size, first, options, entries=div_up(options.size_bytes, size),
-            table_bytes=(plan.data - plan.l2) * size, entry_bytes=options.layout.l2_entry_bytes,
+            table_bytes=(plan.data - plan.l2) * size, bitmap=_bitmap(options),
         )  # fmt: skip
     await node.flush()
     await node.pwritev(0, memoryview(first_cluster + bytes(size - len(first_cluster))))
@@ -152,13 +154,13 @@ def _add_v3(header: Header, options: CreateOptions) -> None:
     if options.compression_type:
         header.incompatible_features |= COMPRESSION
         header.compression_type = options.compression_type
+    if options.layout.extended_l2:
+        header.incompatible_features |= EXTENDED_L2
     if options.data_file is not None:
         header.incompatible_features |= DATA_FILE
         header.autoclear_features |= RAW_DATA if options.data_file_raw else 0
         filename = options.data_file.encode("utf-8", "surrogateescape")
         header.extensions.append(Extension(EXTENSION_DATA_FILE, filename))
-    if options.layout.extended_l2:
-        header.incompatible_features |= EXTENDED_L2
     header.additional = bytes((options.compression_type,)).ljust(V3_LENGTH - V3_LENGTH_MIN, b"\0")
     names = Extension(EXTENSION_FEATURE_NAMES, name_table())
     # Helpful, not needed: the smallest clusters have no room for it beside a backing file's name.
@@ -239,6 +241,13 @@ async def _write_l1(node: BlockDriverState, options: CreateOptions, plan: _Plan)
     )
 
 
+def _bitmap(options: CreateOptions) -> int | None:
+    """Of each cluster's subclusters, where extended L2 entries have it."""
+    if not options.layout.extended_l2:
+        return None
+    return ALL_ALLOCATED if options.data_file_raw else 0
+
+
 async def _write_entries(
     node: BlockDriverState,
     offset: int,
@@ -247,17 +256,19 @@ async def _write_entries(
     *,
     entries: int,
     table_bytes: int,
-    entry_bytes: int = 8,
+    bitmap: int | None = None,
 ) -> None:
-    """A table at `offset` whose `entries` name the clusters from `first` on; zeroes behind them."""
+    """A table at `offset` whose `entries` name the clusters from `first` on; zeroes behind them.
+    `bitmap`: the second word of each, if they have one."""
+    entry_bytes = 8 if bitmap is None else 16
     bits = options.layout.cluster_bits
     for start in range(0, table_bytes, WRITE_BYTES):
         length = min(WRITE_BYTES, table_bytes - start)
         low = first + min(start // entry_bytes, entries)
         high = first + min((start + length) // entry_bytes, entries)
         words = array("Q", (cluster << bits | COPIED for cluster in range(low, high)))
-        if entry_bytes > 8:  # extended L2 entries: each with an empty bitmap
-            both = array("Q", bytes(2 * 8 * len(words)))
+        if bitmap is not None:
+            both = array("Q", (bitmap,)) * (2 * len(words))
             both[::2] = words
             words = both
         data = disk_bytes(words)

@@ -90,12 +90,10 @@ class CreateOptions:
                 raise ImageError(name, "lazy_refcounts=on needs compat=1.1 or above")
             if self.compression_type != DEFLATE:
                 raise ImageError(name, "compression_type=zstd needs compat=1.1 or above")
-            if self.data_file is not None:
-                raise ImageError(name, "data_file needs compat=1.1 or above")
             if self.layout.extended_l2:
                 raise ImageError(name, "extended_l2=on needs compat=1.1 or above")
-        if self.layout.extended_l2 and self.data_file is not None:
-            raise ImageError(name, "extended_l2=on and data_file aren't supported together")
+            if self.data_file is not None:
+                raise ImageError(name, "data_file needs compat=1.1 or above")
         if self.layout.extended_l2 and self.layout.cluster_bits < EXTENDED_L2_CLUSTER_BITS_MIN:
             raise ImageError(
                 name,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from array import array
 
     from blockemu.drivers.qcow2.entry_runs import Run
+    from blockemu.drivers.qcow2.l2_table import L2Table
 
 
 class DataFileWalk(MetadataWalk):
@@ -39,16 +40,19 @@ class DataFileWalk(MetadataWalk):
         super()._l1_entries(words, table, active=active, weight=weight)
 
     async def _l2_table(self, offset: int, *, active: int, weight: int) -> None:
-        words = await self._read(offset, self._size // ENTRY_BYTES, "the L2 table")
-        if words is None:
+        table = await self._read_l2(offset)
+        if table is None:
             return
+        self._wrong_bitmaps(table, weight, places=OFFSET_MASK | COPIED)
+        words = table.words
         guest = self._first_entry.get(offset, 0) << (self._bits + self._layout.l2_bits)
         next_host = 0
-        if not guest and words[0] & (COPIED | ZERO | OFFSET_MASK) == COPIED:
+        zero = 0 if self._layout.extended_l2 else ZERO
+        if not guest and words[0] & (COPIED | zero | OFFSET_MASK) == COPIED:
             self.allocated += active  # guest cluster 0, which no run of entries shows
             next_host = self._size
         for run in runs_of(words, self._size):
-            entries = self._data_entry(offset, run, guest, weight)
+            entries = self._data_entry(table, run, guest, weight)
             if entries:
                 host = run.value & OFFSET_MASK
                 self.allocated += active * entries
@@ -56,9 +60,9 @@ class DataFileWalk(MetadataWalk):
                     self.fragmented += active
                 next_host = host + entries * self._size
 
-    def _data_entry(self, table: int, run: Run, guest: int, weight: int) -> int:
+    def _data_entry(self, table: L2Table, run: Run, guest: int, weight: int) -> int:
         """Returns how many clusters are mapped."""
-        where = f"L2 entry at {table + run.at * ENTRY_BYTES:#x}"
+        where = f"L2 entry at {table.place(run.at):#x}"
         if run.value & COMPRESSED:
             self._findings.corruption(
                 f"{where} is compressed, which a cluster of an external data file can't be", weight
@@ -74,7 +78,7 @@ class DataFileWalk(MetadataWalk):
             self._findings.corruption(
                 f"{where} names offset {host:#x} of the data file: not aligned to a cluster", weight
             )
-            self.unaligned_zeroes += bool(run.value & ZERO)
+            self.unaligned_zeroes += self._holds_nothing(table, run)
         elif host != expected:
             count = max(run.entries, 1)
             self._findings.corruption(

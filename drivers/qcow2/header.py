@@ -295,10 +295,6 @@ def _check_fields(name: str, header: Header) -> None:
 
 
 def _check_features(name: str, header: Header) -> None:
-    if header.incompatible_features & EXTENDED_L2 and header.has_data_file:
-        raise ImageError(
-            name, "extended L2 entries and an external data file aren't supported together"
-        )
     unsupported = header.incompatible_features & ~SUPPORTED
     if unsupported:
         table = header.extension(EXTENSION_FEATURE_NAMES) or b""

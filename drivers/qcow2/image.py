@@ -13,7 +13,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.qcow2.bitmap_directory import AUTOCLEAR_BITMAPS
@@ -22,12 +22,12 @@ from blockemu.drivers.qcow2.cluster_map import ClusterMap
 from blockemu.drivers.qcow2.compression import compressor, decompressor
 from blockemu.drivers.qcow2.corrupt_mark import CorruptMark
 from blockemu.drivers.qcow2.damage import DamageLog
-from blockemu.drivers.qcow2.data_clusters import DataFileEraser, DataFileMap, DataFileWriter
 from blockemu.drivers.qcow2.data_file import ClosedDataFile, DataFile
 from blockemu.drivers.qcow2.features import DIRTY, RAW_DATA
 from blockemu.drivers.qcow2.guest_compress import GuestCompressor
 from blockemu.drivers.qcow2.guest_data import GuestData
 from blockemu.drivers.qcow2.guest_erase import GuestEraser
+from blockemu.drivers.qcow2.guest_parts import guest_parts
 from blockemu.drivers.qcow2.guest_read import GuestReader
 from blockemu.drivers.qcow2.guest_write import GuestWriter
 from blockemu.drivers.qcow2.header import (
@@ -47,10 +47,6 @@ from blockemu.drivers.qcow2.refcount import Refcounts
 from blockemu.drivers.qcow2.refcount_width import RefcountWidth
 from blockemu.drivers.qcow2.repair import repair_dirty
 from blockemu.drivers.qcow2.root_table import ENTRY_BYTES, RootTable
-from blockemu.drivers.qcow2.subcluster_erase import SubclusterEraser
-from blockemu.drivers.qcow2.subcluster_map import ExtendedTableCache, SubclusterMap
-from blockemu.drivers.qcow2.subcluster_read import SubclusterReader
-from blockemu.drivers.qcow2.subcluster_write import SubclusterWriter
 from blockemu.drivers.qcow2.table_cache import TableCache, words_from
 from blockemu.loop.sync import Mutex
 
@@ -60,23 +56,6 @@ if TYPE_CHECKING:
     from blockemu.drivers.child import BdrvChild
     from blockemu.drivers.qcow2.options import Options
     from blockemu.loop.buffers import BufferPool
-
-
-class Parts(NamedTuple):
-    """The parts that differ with the form of L2 entries."""
-
-    l2_cache: type[TableCache] = TableCache
-    clusters: type[ClusterMap] = ClusterMap
-    reader: type[GuestReader] = GuestReader
-    guest_writer: type[GuestWriter] = GuestWriter
-    eraser: type[GuestEraser] = GuestEraser
-
-
-WHOLE_CLUSTER_PARTS = Parts()
-SUBCLUSTER_PARTS = Parts(
-    ExtendedTableCache, SubclusterMap, SubclusterReader, SubclusterWriter, SubclusterEraser
-)
-DATA_FILE_PARTS = Parts(clusters=DataFileMap, guest_writer=DataFileWriter)
 
 
 @dataclass(slots=True)
@@ -212,7 +191,7 @@ def _assemble(
         file, typecode=width.typecode, slice_bytes=options.slice_bytes,
         bytes_max=options.refcount_cache_bytes, write_back=writer.write_back,
     )  # fmt: skip
-    kinds = _parts_for(header)
+    kinds = guest_parts(header, has_data=data_file is not None)
     l2 = kinds.l2_cache(
         file, typecode="Q", slice_bytes=options.slice_bytes,
         bytes_max=options.l2_cache_bytes, write_back=writer.write_back,
@@ -247,7 +226,7 @@ def _assemble(
     make_eraser: Callable[..., GuestEraser] = kinds.eraser
     if data_file is not None:
         pass_discard = options.pass_discard
-        make_eraser = partial(DataFileEraser, file=data_file, pass_discard=pass_discard)
+        make_eraser = partial(kinds.eraser, file=data_file, pass_discard=pass_discard)
     eraser = make_eraser(
         layout, clusters=clusters, writer=writer, reader=reader, guest_writer=guest_writer,
         mutex=mutex,
@@ -267,12 +246,6 @@ def _assemble(
         overlaps=overlaps, damage=damage, data_file=data_file,
         preallocated=None if data_file is None else data_file.is_raw,
     )  # fmt: skip
-
-
-def _parts_for(header: Header) -> Parts:
-    if header.layout.extended_l2:
-        return SUBCLUSTER_PARTS
-    return DATA_FILE_PARTS if header.has_data_file else WHOLE_CLUSTER_PARTS
 
 
 def _guest_data(

@@ -38,12 +38,13 @@ class L2Table:
         """Whether the bitmap says that something of this cluster lies in its host cluster."""
         return self.bitmaps is not None and bool(self.bitmaps[index] & ALL_ALLOCATED)
 
-    def wrong_bitmaps(self) -> Iterator[int]:
-        """Indexes of the entries whose bitmap isn't possible beside their word."""
+    def wrong_bitmaps(self, *, places: int = OFFSET_MASK) -> Iterator[int]:
+        """Indexes of the entries whose bitmap isn't possible beside their word. `places`: the bits
+        of a word any of which gives it a host cluster."""
         for index, bitmap in enumerate(self.bitmaps or ()):
             if bitmap:
                 word = self.words[index]
-                if word & COMPRESSED or not is_possible(bitmap, has_host=bool(word & OFFSET_MASK)):
+                if word & COMPRESSED or not is_possible(bitmap, has_host=bool(word & places)):
                     yield index
 
 

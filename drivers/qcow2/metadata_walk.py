@@ -292,12 +292,12 @@ class MetadataWalk:
             self._unread("the L2 table", offset, error)
             return None
 
-    def _wrong_bitmaps(self, table: L2Table, weight: int) -> None:
-        for index in table.wrong_bitmaps():
+    def _wrong_bitmaps(self, table: L2Table, weight: int, *, places: int = OFFSET_MASK) -> None:
+        for index in table.wrong_bitmaps(places=places):
             assert table.bitmaps is not None
             word = table.words[index]
             what = "a compressed cluster" if word & COMPRESSED else "no host cluster"
-            if word & OFFSET_MASK and not word & COMPRESSED:
+            if word & places and not word & COMPRESSED:
                 what = "subclusters that are allocated and zero at once"
             self.stray_bitmaps += bool(word & COMPRESSED)
             self._findings.corruption(
@@ -339,11 +339,14 @@ class MetadataWalk:
             self._findings.corruption(
                 f"{where} names host offset {host:#x}: not aligned to a cluster", weight
             )
-            if self._layout.extended_l2:
-                self.unaligned_zeroes += not table.holds_data(run.at)
-            else:
-                self.unaligned_zeroes += bool(run.value & ZERO)
+            self.unaligned_zeroes += self._holds_nothing(table, run)
         self._refer(host, self._size, where, weight)
+
+    def _holds_nothing(self, table: L2Table, run: Run) -> bool:
+        """Whether the first cluster of a run reads the same without its place."""
+        if self._layout.extended_l2:
+            return not table.holds_data(run.at)
+        return bool(run.value & ZERO)
 
     # --- bitmaps ---
 

@@ -51,20 +51,25 @@ async def _with_holes(image: Image, status: BlockStatus, host: int) -> BlockStat
 def _continues(first: Extent, following: Extent, covered: int) -> bool:
     if following.kind is not first.kind:
         return False
-    if first.kind is Kind.UNALLOCATED and not (first.host and following.host):
-        return not first.host and not following.host
+    if first.kind is Kind.UNALLOCATED and not (_has_place(first) and _has_place(following)):
+        return not _has_place(first) and not _has_place(following)
     if first.kind in (Kind.DATA, Kind.ZERO_ALLOCATED, Kind.UNALLOCATED):
         return following.host == first.host + covered
     return True
 
 
+def _has_place(extent: Extent) -> bool:
+    """Of one that isn't allocated: it has a host cluster, which may be the first one of a file."""
+    return bool(extent.host) or extent.writable
+
+
 def _describe(image: Image, extent: Extent, offset: int, length: int) -> BlockStatus:
     kind = extent.kind
     zero = image.reader.reads_zero(extent, offset)
-    if kind is Kind.UNALLOCATED and extent.host:
+    if kind is Kind.UNALLOCATED and _has_place(extent):
         return BlockStatus(
             length, data=False, zero=zero, allocated=False, host_offset=extent.host,
-            file=image.file.child.node.filename,
+            file=image.data.node.filename,
         )  # fmt: skip
     if kind is Kind.UNALLOCATED:
         return BlockStatus(length, data=False, zero=zero, allocated=False)

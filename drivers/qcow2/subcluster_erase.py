@@ -33,7 +33,8 @@ from blockemu.drivers.qcow2.subclusters import (
 if TYPE_CHECKING:
     from typing import Any
 
-_ZERO_ENTRY = ALL_ZERO << BITMAP_SHIFT
+ZERO_ENTRY = ALL_ZERO << BITMAP_SHIFT
+"""A cluster that reads as zeroes and has no place."""
 
 
 class SubclusterEraser(GuestEraser):
@@ -85,13 +86,13 @@ class SubclusterEraser(GuestEraser):
 
     def _kept_zero(self, word: int) -> int:
         if word & COPIED and word & OFFSET_MASK and not word & COMPRESSED:
-            return word & (COPIED | OFFSET_MASK) | _ZERO_ENTRY
+            return word & (COPIED | OFFSET_MASK) | ZERO_ENTRY
         return self._unmapped_zero(word)
 
     def _unmapped_zero(self, word: int) -> int:
-        return 0 if not word and not self._has_backing else _ZERO_ENTRY
+        return 0 if not word and not self._has_backing else ZERO_ENTRY
 
     def _discarded(self, word: int) -> int:
         if not word & (OFFSET_MASK | COMPRESSED):
             return word
-        return _ZERO_ENTRY if self._has_backing else 0
+        return ZERO_ENTRY if self._has_backing else 0

@@ -99,14 +99,14 @@ class SubclusterMap(ClusterMap):
         if word & COMPRESSED:
             return Extent(Kind.COMPRESSED, min(size - inside, length), word)
         self._check_pair(found, index, word, bitmap)
-        host = word & OFFSET_MASK
+        host, placed = word & OFFSET_MASK, self._is_placed(word)
         bits = self.subcluster_bits
         first = inside >> bits
         end = first + alike(bitmap, first)
         covered = (end << bits) - inside
         kind_bits = bitmap >> first & 0x1_0000_0001
         if end == SUBCLUSTERS:
-            step = size if host else 0
+            step = size if placed else 0
             entries = self.slice_entries
             while covered < length:
                 index += 1
@@ -123,7 +123,7 @@ class SubclusterMap(ClusterMap):
         length = min(covered, length)
         if kind_bits == 1:
             return Extent(Kind.DATA, length, host + inside, bool(word & COPIED))
-        if not host:
+        if not placed:
             return Extent(Kind.ZERO if kind_bits else Kind.UNALLOCATED, length)
         kind = Kind.ZERO_ALLOCATED if kind_bits else Kind.UNALLOCATED
         return Extent(kind, length, host + inside, bool(word & COPIED))
@@ -143,19 +143,27 @@ class SubclusterMap(ClusterMap):
     def _check_pair(self, found: Slice, index: int, word: int, bitmap: int) -> None:
         host = word & OFFSET_MASK
         place = found.offset + index * 16
-        if not is_possible(bitmap, has_host=bool(host)):
+        placed = self._is_placed(word)
+        if not is_possible(bitmap, has_host=placed):
             raise self._damage.report(
                 f"L2 entry at offset {place} has the subcluster bitmap {bitmap:#018x},"
-                f" which is not possible {'with' if host else 'without'} a host cluster"
+                f" which is not possible {'with' if placed else 'without'} a host cluster"
             )
         if (
             word & L2_RESERVED
             or host & self._mask
-            or (bitmap & ALL_ALLOCATED and host >= self._file.length)
+            or (bitmap & ALL_ALLOCATED and self._is_past_end(host))
         ):
             raise self._damage.report(
                 f"L2 entry at offset {place} is {word:#x}, which is no valid cluster of this file"
             )
+
+    def _is_placed(self, word: int) -> bool:
+        """Whether the word gives its cluster a host cluster."""
+        return bool(word & OFFSET_MASK)
+
+    def _is_past_end(self, host: int) -> bool:
+        return host >= self._file.length
 
     # --- changing ---
 

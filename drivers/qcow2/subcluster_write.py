@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from blockemu.drivers.qcow2.table_cache import Slice
 
 
-class _Area(NamedTuple):
+class Area(NamedTuple):
     """Guest bytes `[start, end)`, whole subclusters, that are written to `host`."""
 
     start: int
@@ -78,7 +78,7 @@ class SubclusterWriter(GuestWriter):
     async def _add_subclusters(self, extent: Extent, offset: int, view: memoryview) -> None:
         """Write where nothing is allocated yet, all in host clusters of ours."""
         start, end = self._outwards(offset, offset + len(view))
-        area = _Area(start, end, extent.host - (offset - start))
+        area = Area(start, end, extent.host - (offset - start))
         async with self._mutex:
             await self._clusters.make_writable(offset >> self._bits)
             await self._data.cover(round_up(area.host + end - start, self._size))
@@ -86,7 +86,7 @@ class SubclusterWriter(GuestWriter):
         await self._set_bits(area)
         self._reader.publish(extent._replace(kind=Kind.DATA), offset)
 
-    async def _set_bits(self, area: _Area) -> None:
+    async def _set_bits(self, area: Area) -> None:
         """The area lies in the host clusters that its entries name. They lie in one slice."""
         found = await self._clusters.load(area.start >> self._bits)
         for cluster, mask in self._masks(area):
@@ -112,8 +112,9 @@ class SubclusterWriter(GuestWriter):
                 await self._reader.direct_map.invalidate(offset, len(view))
             await self._link_area(cluster, target, area)
         except BaseException:
-            async with self._mutex:
-                await self._refcounts.release(Reference(target.first, target.clusters))
+            if target.taken:
+                async with self._mutex:
+                    await self._refcounts.release(Reference(target.first, target.clusters))
             raise
         return view
 
@@ -133,7 +134,7 @@ class SubclusterWriter(GuestWriter):
         assert run, "a host cluster that is ours was taken for another's"
         return run, 0, replaces_data
 
-    async def _area_to_move(self, cluster: int, target: Target, offset: int, end: int) -> _Area:
+    async def _area_to_move(self, cluster: int, target: Target, offset: int, end: int) -> Area:
         """What the new host clusters get: the subclusters of the request, and in its first and its
         last cluster those that the old host cluster had."""
         start, stop = self._outwards(offset, end)
@@ -154,9 +155,9 @@ class SubclusterWriter(GuestWriter):
         elif bitmap := allocated(last >> BITMAP_SHIFT):
             stop = max(stop, base + (allocated_end(bitmap) << self._subcluster_bits))
         host = (target.first << self._bits) + start - (cluster << self._bits)
-        return _Area(start, stop, host)
+        return Area(start, stop, host)
 
-    async def _link_area(self, cluster: int, target: Target, area: _Area) -> None:
+    async def _link_area(self, cluster: int, target: Target, area: Area) -> None:
         """Enter the new host clusters in the L2 table, all of it without suspending."""
         found = await self._clusters.load(cluster)
         for guest, mask in self._masks(area):
@@ -174,7 +175,7 @@ class SubclusterWriter(GuestWriter):
         """The subclusters that these bytes touch, from and to."""
         return offset & -self._subcluster, round_up(end, self._subcluster)
 
-    def _masks(self, area: _Area) -> list[tuple[int, int]]:
+    def _masks(self, area: Area) -> list[tuple[int, int]]:
         """The area's guest clusters, and which subclusters of each belong to it."""
         found = []
         start = area.start
@@ -189,7 +190,7 @@ class SubclusterWriter(GuestWriter):
         return found
 
     async def _write_area(
-        self, area: _Area, offset: int, view: memoryview, *, reads_zero: bool
+        self, area: Area, offset: int, view: memoryview, *, reads_zero: bool
     ) -> None:
         """Write the request's bytes, and around them, to the area's ends, what was there."""
         head, tail = offset - area.start, area.end - offset - len(view)
