@@ -20,6 +20,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from blockemu.drivers.child import BdrvChild, Permission, Role
+from blockemu.drivers.crypto.offload import Offload, on_thread_pool
+from blockemu.drivers.crypto.secrets import SecretTable
 from blockemu.drivers.driver import BlockDriver
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.metadata_budget import MetadataBudget
@@ -27,6 +29,7 @@ from blockemu.drivers.node import DETECT_ZEROES, NESTED_IMAGES_MAX, BlockDriverS
 from blockemu.drivers.options import refuse_unknown, take_bool, take_choice, take_str
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.coroutine import run_on_fresh_stack
+from blockemu.loop.entropy import Entropy, system_entropy
 from blockemu.loop.host_file import FileEngine
 
 if TYPE_CHECKING:
@@ -104,9 +107,13 @@ class Opener:
         ctx: AioContext,
         drivers: DriverTable | None = None,
         metadata_budget: MetadataBudget | None = None,
+        secrets: SecretTable | None = None,
     ) -> None:
         self.files = files
         self.metadata_budget = metadata_budget or MetadataBudget()
+        self.secrets = secrets or SecretTable()
+        self.offload: Offload = on_thread_pool
+        self.entropy: Entropy = system_entropy
         self.ctx = ctx
         self.drivers = drivers or DriverTable()
         self.nodes: dict[str, BlockDriverState] = {}
@@ -119,9 +126,10 @@ class Opener:
     ) -> BlockDriverState:
         """Open the node that `options` describe, and everything below it.
 
-        Options of every node: `driver`, `node-name` (made up if missing), `read-only` and
-        `force-share` (both default to those of the node `above`), `discard` (unmap, the default, or
-        ignore) and `detect-zeroes` (off, the default, on or unmap). The rest is the driver's.
+        Options of every node: `driver`, `node-name` (made up if missing), `read-only`,
+        `force-share` and `no-io` (they default to those of the node `above`), `discard` (unmap, the
+        default, or ignore) and `detect-zeroes` (off, the default, on or unmap). The rest is the
+        driver's.
         Suspends: while images are read. Raises: ImageError; what was opened is closed again.
         """
         options = copy.deepcopy(options)
@@ -140,6 +148,7 @@ class Opener:
         node.force_share = take_bool(
             node_name, options, "force-share", default=above.force_share if above else False
         )
+        node.no_io = take_bool(node_name, options, "no-io", default=above.no_io if above else False)
         _take_policies(node, options)
         if above is not None:
             node.backing_names = above.backing_names

@@ -65,7 +65,7 @@ async def open_layer(
     Context: that of `opener`. Raises: ImageError.
     """
     options = {"driver": "file", "filename": path, "aio": "threads"}
-    shared = {"read-only": read_only, "force-share": force_share}
+    shared = {"read-only": read_only, "force-share": force_share, "no-io": True}
     file = await opener.open({**options, **shared})
     try:
         if fmt is None:
@@ -136,6 +136,8 @@ def format_human(facts: Facts) -> str:
         f"virtual size: {format_size(size)} ({size} bytes)",
         f"disk size: {'unavailable' if actual is None else format_size(actual)}",
     ]
+    if facts.get("encrypted"):
+        lines.append("encrypted: yes")
     if "cluster-size" in facts:
         lines.append(f"cluster_size: {facts['cluster-size']}")
     if facts["dirty-flag"]:

@@ -24,7 +24,7 @@ from blockemu.drivers.qcow2.features import CORRUPT, DIRTY, LAZY_REFCOUNTS
 from blockemu.drivers.qcow2.header import MAGIC, Header, check_tables
 from blockemu.drivers.qcow2.header_file import read_header
 from blockemu.drivers.qcow2.image import Image, open_image
-from blockemu.drivers.qcow2.layout import div_up
+from blockemu.drivers.qcow2.layout import SECTOR, div_up
 from blockemu.drivers.qcow2.options import L2_CACHE, REFCOUNT_CACHE, take_options
 from blockemu.drivers.qcow2.probe import names_other_file
 from blockemu.drivers.qcow2.snapshot_table import Snapshot, SnapshotTable, read_table
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from blockemu.drivers.child import BdrvChild
     from blockemu.drivers.metadata_budget import Share
     from blockemu.drivers.node import BlockDriverState
+    from blockemu.drivers.qcow2.encryption import Encryption
     from blockemu.drivers.registry import Opener
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ MAP_PAGES_MIN = 4096
 
 class Qcow2Driver(BlockDriver):
     """Options: `file`; `backing` (a node, its options, or null for none; missing: as the header
-    says); `snapshot` (an id or a name: show that one, read-only); those of options.py."""
+    says); `snapshot` (an id or a name: show that one, read-only); `encrypt.key-secret` (the id of
+    the secret of an encrypted image); those of options.py."""
 
     name = "qcow2"
     supports_compressed_writes = True
@@ -79,12 +81,13 @@ class Qcow2Driver(BlockDriver):
         header = await read_header(name, file)
         snapshots = await _read_snapshots(name, header, file)
         _choose_snapshot(name, header, snapshots, file, node, options)
+        encryption = await _open_encryption(name, header, file, node, options, opener)
         share = opener.metadata_budget.new_share()
         try:
             own = take_options(name, options, header.layout, header.size, share, unmap=node.unmap)
             image = await open_image(
                 name, header, file, read_only=node.read_only, options=own,
-                buffers=lambda: node.ctx.buffers,
+                buffers=lambda: node.ctx.buffers, encryption=encryption,
             )  # fmt: skip
             image.header_file.snapshots = snapshots
             image.reader.backing = await _open_backing(name, header, node, options, opener)
@@ -109,6 +112,10 @@ class Qcow2Driver(BlockDriver):
     @property
     def cluster_size(self) -> int:
         return self.image.layout.cluster_size
+
+    @property
+    def request_alignment(self) -> int:
+        return SECTOR if self.image.encryption is not None else 1
 
     # --- requests ---
 
@@ -300,11 +307,16 @@ class Qcow2Driver(BlockDriver):
             data["lazy-refcounts"] = bool(header.compatible_features & LAZY_REFCOUNTS)
             data["corrupt"] = bool(header.incompatible_features & CORRUPT)
             data["extended-l2"] = False
+        encryption = self.image.encryption
+        if encryption is not None:
+            data["encrypt"] = encryption.describe()
         found: dict[str, Any] = {
             "cluster-size": self.cluster_size,
             "dirty-flag": bool(header.incompatible_features & DIRTY),
             "format-specific": {"type": "qcow2", "data": data},
         }
+        if encryption is not None:
+            found["encrypted"] = True
         if self.snapshots:
             found["snapshots"] = [_snapshot_facts(entry) for entry in self.snapshots]
         if header.backing_file is not None:
@@ -360,6 +372,26 @@ def _snapshot_facts(entry: Snapshot) -> dict[str, Any]:
     if entry.icount is not None:
         facts["icount"] = entry.icount
     return facts
+
+
+async def _open_encryption(
+    name: str,
+    header: Header,
+    file: BdrvChild,
+    node: Any,
+    options: dict[str, Any],
+    opener: Opener,
+) -> Encryption | None:
+    """Raises: ImageError."""
+    if not header.crypt_method and not any(key.startswith("encrypt") for key in options):
+        return None
+    from blockemu.drivers.qcow2.encryption import open_encryption
+
+    check_tables(name, header, file_bytes=file.length_bytes)
+    try:
+        return await open_encryption(name, header, file, node=node, options=options, opener=opener)
+    except OSError as error:
+        raise ImageError.from_os_error(name, error) from error
 
 
 async def _open_backing(

@@ -27,6 +27,9 @@ class GuestData:
     `guest`: the guest offset of the first byte of a transfer.
     """
 
+    keeps_zeroes = True
+    """Zeroes in the file, and so its holes, are zeroes to the guest."""
+
     def __init__(self, file: ImageFile) -> None:
         self.file = file
         self.granule = file.granule

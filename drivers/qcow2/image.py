@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from blockemu.drivers.child import BdrvChild
+    from blockemu.drivers.qcow2.encryption import Encryption
     from blockemu.drivers.qcow2.options import Options
     from blockemu.loop.buffers import BufferPool
 
@@ -71,6 +72,7 @@ class Image:
     mutex: Mutex
     mark: CorruptMark
     damage: DamageLog
+    encryption: Encryption | None = None
     preallocated: bool | None = None
     """Clusters may be holes in the file (preallocation.py); None until somebody asks."""
 
@@ -113,6 +115,7 @@ async def open_image(
     read_only: bool,
     options: Options,
     buffers: Callable[[], BufferPool],
+    encryption: Encryption | None = None,
 ) -> Image:
     """Judge and read the root tables, and put the parts together. Raises: ImageError.
 
@@ -132,7 +135,7 @@ async def open_image(
             header.refcount_table_offset,
             (header.refcount_table_clusters << layout.cluster_bits) // ENTRY_BYTES,
         )
-        image = _assemble(name, header, file, l1, reftable, options, buffers)
+        image = _assemble(name, header, file, l1, reftable, options, buffers, encryption)
         if not read_only:
             await image.header_file.clear_autoclear()
     except OSError as error:
@@ -156,6 +159,7 @@ def _assemble(
     reftable: RootTable,
     options: Options,
     buffers: Callable[[], BufferPool],
+    encryption: Encryption | None,
 ) -> Image:
     layout = header.layout
     damage = DamageLog(name)
@@ -180,7 +184,7 @@ def _assemble(
         layout, file=file, l1=l1, l2=l2, refcounts=refcounts, writer=writer, damage=damage
     )
     mutex = Mutex()
-    data = GuestData(file)
+    data = GuestData(file) if encryption is None else encryption.guest_data(file, buffers)
     reader = GuestReader(
         layout, file=file, data=data, clusters=clusters, backing=None,
         decompress=decompressor(name, header.compression_type), damage=damage,
@@ -205,5 +209,5 @@ def _assemble(
         l1=l1, l2=l2, reftable=reftable, blocks=blocks, writer=writer,
         refcounts=refcounts, clusters=clusters, reader=reader, guest_writer=guest_writer,
         eraser=eraser, compressor=packer, locks=ClusterLocks(), mutex=mutex, mark=mark,
-        damage=damage,
+        damage=damage, encryption=encryption,
     )  # fmt: skip

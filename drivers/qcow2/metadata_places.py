@@ -4,7 +4,8 @@
 Refcounts say what is free. Where they are wrong (a damaged image; one that a crashed program left
 behind), what they call free may be the header or a table in use, and to write guest data there is
 the end of the image. So before a cluster that was in the file when it was opened is taken, it is
-looked for among the places that are known without reading anything: the header, the L1 table and
+looked for among the places that are known without reading anything: the header, the encryption
+header, the L1 table and
 the L2 tables that it names, the refcount table and the blocks that it names, the snapshot table,
 the snapshots' L1 tables.
 A clash is damage: nothing is taken. So is a guest cluster that claims to lie in such a place, once
@@ -75,10 +76,12 @@ class MetadataPlaces:
         layout = self._layout
         l1, reftable = self._writer.l1, self._writer.reftable
         places = {0}
+        crypto = self._header.header.crypto_area or (0, 0)
         for offset, length in (
             (l1.offset, len(l1) * ENTRY_BYTES),
             (reftable.offset, len(reftable) * ENTRY_BYTES),
             (self._header.snapshots.offset, self._header.snapshots.length),
+            crypto,
             *ranges,
         ):
             first = offset >> layout.cluster_bits
