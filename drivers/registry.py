@@ -47,6 +47,7 @@ PROBE_BYTES = 4096
 _BUILT_IN = {
     "file": "blockemu.drivers.file:FileDriver",
     "host_device": "blockemu.drivers.file:HostDeviceDriver",
+    "luks": "blockemu.drivers.luks:LuksDriver",
     "null-co": "blockemu.drivers.null:NullDriver",
     "qcow2": "blockemu.drivers.qcow2.driver:Qcow2Driver",
     "raw": "blockemu.drivers.raw:RawDriver",
@@ -112,6 +113,9 @@ class Opener:
         self.files = files
         self.metadata_budget = metadata_budget or MetadataBudget()
         self.secrets = secrets or SecretTable()
+        self.node_options: dict[str, dict[str, Any]] = {}
+        """What the user says of images besides their names: options of the format's node (and,
+        under "file", of the file's), by the file's path."""
         self.offload: Offload = on_thread_pool
         self.entropy: Entropy = system_entropy
         self.ctx = ctx
@@ -219,10 +223,18 @@ class Opener:
 
     # --- by name ---
 
-    async def open_backing(self, parent: BlockDriverState, *, filename: str, fmt: str) -> BdrvChild:
+    async def open_backing(
+        self,
+        parent: BlockDriverState,
+        *,
+        filename: str,
+        fmt: str,
+        extra: dict[str, Any] | None = None,
+    ) -> BdrvChild:
         """Open the backing file that the image of `parent` names, read-only, as its "backing".
 
-        A relative name is relative to the folder of the image that names it.
+        `extra`: options for its format node besides. A relative name is relative to the folder of
+        the image that names it.
         Raises: ImageError: missing, unreadable, part of its own chain, or of a kind not known.
         """
         image = parent.filename or parent.node_name
@@ -234,7 +246,7 @@ class Opener:
         if len(chain) >= BACKING_DEPTH_MAX:
             raise ImageError(image, f"more than {BACKING_DEPTH_MAX} backing files in one chain")
         options = self.image_options(path, fmt, file_options=parent.file_options)
-        options["read-only"] = True
+        options |= {"read-only": True, **(extra or {})}
         own_names, parent.backing_names = parent.backing_names, chain
         shared = Permission.ALL & ~(Permission.WRITE | Permission.RESIZE)
 
@@ -271,11 +283,13 @@ class Opener:
         return os.path.join(os.path.dirname(image), filename)
 
     def image_options(self, path: str, fmt: str, *, file_options: dict[str, Any]) -> dict[str, Any]:
-        """The option tree of an image file: a format node over a file node."""
-        return {
-            "driver": fmt,
-            "file": {"driver": "file", "filename": path, **copy.deepcopy(file_options)},
-        }
+        """The option tree of an image file: a format node over a file node.
+
+        With what `node_options` says of this path.
+        """
+        own = copy.deepcopy(self.node_options.get(path, {}))
+        file = {"driver": "file", "filename": path, **copy.deepcopy(file_options)}
+        return {"driver": fmt, **own, "file": file | own.get("file", {})}
 
     async def open_image(
         self,
@@ -290,6 +304,7 @@ class Opener:
         discard: str = "unmap",
         detect_zeroes: str = "off",
         snapshot: str | None = None,
+        no_io: bool = False,
     ) -> BlockDriverState:
         """Open the image at `path` the way the command line does.
 
@@ -305,6 +320,7 @@ class Opener:
         )
         options["read-only"] = read_only
         options["force-share"] = force_share
+        options["no-io"] = no_io
         options["discard"] = discard
         options["detect-zeroes"] = detect_zeroes
         if node_name is not None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import click
 
 from blockemu.cli.image_options import quiet_option
+from blockemu.cli.image_opts import image_opts_option, object_option
 from blockemu.cli.progress import progress_bar, progress_option
 from blockemu.cli.verbosity import verbose_option
 
@@ -36,6 +37,8 @@ Examples:
 @progress_option
 @quiet_option
 @click.argument("filename", metavar="FILE", required=False)
+@object_option
+@image_opts_option("filename")
 @click.help_option("-h", "--help")
 @verbose_option
 def amend(

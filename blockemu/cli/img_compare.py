@@ -7,6 +7,7 @@ import click
 
 from blockemu.cli.failure import report
 from blockemu.cli.image_options import cache_option, force_share_option, quiet_option
+from blockemu.cli.image_opts import image_opts_option, object_option
 from blockemu.cli.progress import progress_bar, progress_option
 from blockemu.cli.verbosity import verbose_option
 
@@ -35,6 +36,8 @@ Examples:
 @force_share_option
 @click.argument("filename1", metavar="FILE1")
 @click.argument("filename2", metavar="FILE2")
+@object_option
+@image_opts_option("filename1", "filename2")
 @click.help_option("-h", "--help")
 @verbose_option
 def compare(

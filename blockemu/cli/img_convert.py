@@ -6,6 +6,7 @@ from __future__ import annotations
 import click
 
 from blockemu.cli.image_options import cache_option, force_share_option, quiet_option
+from blockemu.cli.image_opts import image_opts_option, object_option
 from blockemu.cli.progress import progress_bar, progress_option
 from blockemu.cli.sizes import read_size
 from blockemu.cli.verbosity import verbose_option
@@ -76,6 +77,8 @@ Examples:
 @quiet_option
 @force_share_option
 @click.argument("filenames", metavar="SRC... DST", nargs=-1, required=True)
+@object_option
+@image_opts_option("filenames")
 @click.help_option("-h", "--help")
 @verbose_option
 def convert(

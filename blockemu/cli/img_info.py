@@ -6,6 +6,7 @@ from __future__ import annotations
 import click
 
 from blockemu.cli.image_options import format_option, output_option
+from blockemu.cli.image_opts import image_opts_option, object_option
 from blockemu.cli.verbosity import verbose_option
 
 EPILOG = """
@@ -26,6 +27,8 @@ Examples:
     help="Look at an image that another process is writing; what is shown may be stale.",
 )
 @click.argument("filename", metavar="FILE")
+@object_option
+@image_opts_option("filename")
 @click.help_option("-h", "--help")
 @verbose_option
 def info(fmt: str | None, output: str, force_share: bool, filename: str) -> None:

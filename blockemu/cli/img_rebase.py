@@ -6,6 +6,7 @@ from __future__ import annotations
 import click
 
 from blockemu.cli.image_options import quiet_option
+from blockemu.cli.image_opts import image_opts_option, object_option
 from blockemu.cli.progress import progress_bar, progress_option
 from blockemu.cli.verbosity import verbose_option
 
@@ -48,6 +49,8 @@ Examples:
     help="Read backing files that another process is writing; what is read may be stale.",
 )
 @click.argument("filename", metavar="FILE")
+@object_option
+@image_opts_option("filename")
 @click.help_option("-h", "--help")
 @verbose_option
 def rebase(

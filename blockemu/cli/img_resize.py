@@ -8,6 +8,7 @@ import re
 import click
 
 from blockemu.cli.image_options import format_option, quiet_option
+from blockemu.cli.image_opts import image_opts_option, object_option
 from blockemu.cli.verbosity import verbose_option
 
 EPILOG = """
@@ -43,6 +44,8 @@ class SizeComesLast(click.Command):
 @quiet_option
 @click.argument("filename", metavar="FILE")
 @click.argument("size", metavar="[+|-]SIZE")
+@object_option
+@image_opts_option("filename")
 @click.help_option("-h", "--help")
 @verbose_option
 def resize(

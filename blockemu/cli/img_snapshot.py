@@ -6,6 +6,7 @@ from __future__ import annotations
 import click
 
 from blockemu.cli.image_options import format_option
+from blockemu.cli.image_opts import image_opts_option, object_option
 from blockemu.cli.verbosity import verbose_option
 
 EPILOG = """
@@ -49,6 +50,8 @@ Examples:
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors and the list.")
 @click.argument("filename", metavar="FILE")
+@object_option
+@image_opts_option("filename")
 @click.help_option("-h", "--help")
 @verbose_option
 def snapshot(

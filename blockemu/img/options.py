@@ -28,12 +28,25 @@ class OptionSpec:
     """Shown where the user gives none."""
 
 
+_CIPHER = (
+    OptionSpec("cipher-alg", str, "Name of encryption cipher algorithm"),
+    OptionSpec("cipher-mode", str, "Name of encryption cipher mode"),
+    OptionSpec("ivgen-alg", str, "Name of IV generator algorithm"),
+    OptionSpec("ivgen-hash-alg", str, "Name of IV generator hash algorithm"),
+    OptionSpec("hash-alg", str, "Name of encryption hash algorithm"),
+    OptionSpec("iter-time", int, "Time to spend in PBKDF in milliseconds"),
+)
+
 RAW = (
     OptionSpec("size", int, "Virtual disk size"),
     OptionSpec("preallocation", str, "Preallocation mode (allowed values: off, falloc, full)"),
 )
 
 QCOW2 = (
+    OptionSpec("encryption", bool, "Encrypt the image with format 'aes'. (Not for new images)"),
+    OptionSpec("encrypt.format", str, "Encrypt the image; the format is luks"),
+    OptionSpec("encrypt.key-secret", str, "ID of the secret that is the LUKS passphrase"),
+    *(OptionSpec(f"encrypt.{spec.name}", spec.kind, spec.help) for spec in _CIPHER),
     OptionSpec("cluster_size", int, "qcow2 cluster size", 65536),
     OptionSpec("extended_l2", bool, "Extended L2 tables", False),
     OptionSpec(
@@ -53,7 +66,13 @@ QCOW2 = (
     OptionSpec("refcount_bits", int, "Width of a reference count entry in bits", 16),
 )
 
-FORMATS: dict[str, tuple[OptionSpec, ...]] = {"raw": RAW, "qcow2": QCOW2}
+LUKS = (
+    OptionSpec("size", int, "Virtual disk size"),
+    OptionSpec("key-secret", str, "ID of the secret that is the LUKS passphrase"),
+    *_CIPHER,
+)
+
+FORMATS: dict[str, tuple[OptionSpec, ...]] = {"raw": RAW, "qcow2": QCOW2, "luks": LUKS}
 """The formats that can be created."""
 
 _KIND_WORDS = {str: "<str>", int: "<size>", bool: "<bool (on/off)>"}

@@ -16,6 +16,7 @@ from blockemu.drivers.backend import BlockBackend
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.node import BlockDriverState
 from blockemu.drivers.registry import Opener
+from blockemu.img.session_objects import session_objects
 from blockemu.jobs.job import Job, JobCancelled
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.coroutine import Cancelled
@@ -46,7 +47,10 @@ def run_session(
     ctx = AioContext("main")
     ctx.adopt()
     try:
-        task = ctx.spawn(work(Opener(files=files or PosixFiles(), ctx=ctx)))
+        objects = session_objects()
+        opener = Opener(files=files or PosixFiles(), ctx=ctx, secrets=objects.secrets)
+        opener.node_options.update(objects.node_options)
+        task = ctx.spawn(work(opener))
         watcher = SignalWatcher(ctx, (signal.SIGINT,), lambda signum: task.cancel())
         try:
             while not task.done():

@@ -3,11 +3,12 @@
 
 Layout of what is made, each part contiguous, in clusters:
 
-    header | refcount table | refcount blocks | L1 table | L2 tables | data
+    header | refcount table | refcount blocks | LUKS header | L1 table | L2 tables | data
 
-The last two exist with preallocation only; data then is a hole (metadata), allocated by the host
-(falloc) or written (full). Everything counts 1. The header comes last, so that a creation that was
-cut short leaves no image.
+The LUKS header exists in encrypted images only. The last two exist with preallocation only; data
+then is a hole (metadata), allocated by the host (falloc) or written (full); in an encrypted image,
+where a hole isn't zeroes to the guest, its clusters are marked as zeroes. Everything counts 1. The
+header comes last, so that a creation that was cut short leaves no image.
 """
 
 from __future__ import annotations
@@ -20,14 +21,22 @@ from blockemu.drivers.driver import RequestFlags
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.qcow2.features import COMPRESSION, LAZY_REFCOUNTS, name_table
 from blockemu.drivers.qcow2.header import (
+    CRYPT_LUKS,
     EXTENSION_BACKING_FORMAT,
     EXTENSION_FEATURE_NAMES,
     V3_LENGTH,
     V3_LENGTH_MIN,
+    CryptoArea,
     Extension,
     Header,
 )
-from blockemu.drivers.qcow2.layout import COPIED, HOST_OFFSET_MAX, REFTABLE_BYTES_MAX, div_up
+from blockemu.drivers.qcow2.layout import (
+    COPIED,
+    HOST_OFFSET_MAX,
+    REFTABLE_BYTES_MAX,
+    ZERO,
+    div_up,
+)
 from blockemu.drivers.qcow2.refcount_width import RefcountWidth
 from blockemu.drivers.qcow2.table_cache import disk_bytes
 
@@ -43,15 +52,19 @@ class _Plan(NamedTuple):
     """Where each part begins, in clusters, and where the last one ends."""
 
     blocks: int
+    crypto: int
     l1: int
     l2: int
     data: int
     end: int
 
 
-async def create(node: BlockDriverState, name: str, options: CreateOptions) -> None:
+async def create(
+    node: BlockDriverState, name: str, options: CreateOptions, *, luks_area: bytes = b""
+) -> None:
     """Make the file or device under `node` a new, empty qcow2 image.
 
+    `luks_area`: the LUKS header and key material of an encrypted one.
     What it held is lost. Suspends: for I/O. Raises: ImageError; OSError of the file.
     """
     plan = _plan(options)
@@ -62,12 +75,15 @@ async def create(node: BlockDriverState, name: str, options: CreateOptions) -> N
     first_cluster = header.serialise(name)
     await _make_room(node, name, plan, options)
     await _write_refcounts(node, options, plan)
+    if luks_area:
+        await _write_luks(node, luks_area, plan, options)
     if plan.l2 > plan.l1:
         await _write_l1(node, options, plan)
     if plan.data > plan.l2:
         await _write_entries(
             node, plan.l2 * size, plan.data, options, entries=div_up(options.size_bytes, size),
             table_bytes=(plan.data - plan.l2) * size,
+            flags=COPIED | (ZERO if options.encryption is not None else 0),
         )  # fmt: skip
     await node.flush()
     await node.pwritev(0, memoryview(first_cluster + bytes(size - len(first_cluster))))
@@ -76,7 +92,14 @@ async def create(node: BlockDriverState, name: str, options: CreateOptions) -> N
 
 def allocated_bytes(options: CreateOptions) -> int:
     """How long the file gets when the guest has written all of its disk."""
-    return _plan(replace(options, preallocation="full")).end * options.layout.cluster_size
+    plain = replace(options, preallocation="full", encryption=None)
+    return (_plan(plain).end + _crypto_clusters(options)) * options.layout.cluster_size
+
+
+def _crypto_clusters(options: CreateOptions) -> int:
+    if options.encryption is None:
+        return 0
+    return div_up(options.encryption.payload_bytes(), options.layout.cluster_size)
 
 
 def _plan(options: CreateOptions) -> _Plan:
@@ -85,16 +108,18 @@ def _plan(options: CreateOptions) -> _Plan:
     l1 = div_up(layout.l1_entries(options.size_bytes) * 8, size)
     data = div_up(options.size_bytes, size) if options.preallocation != "off" else 0
     l2 = div_up(data, 1 << layout.l2_bits)
+    crypto = _crypto_clusters(options)
     table, blocks = 1, 0
     while True:
-        end = 1 + table + blocks + l1 + l2 + data
+        end = 1 + table + blocks + crypto + l1 + l2 + data
         wanted_blocks = div_up(end, layout.block_entries)
         wanted_table = max(div_up(wanted_blocks * 8, size), 1)
         if (wanted_table, wanted_blocks) == (table, blocks):
             break
         table, blocks = wanted_table, wanted_blocks
     first = 1 + table
-    return _Plan(first, first + blocks, first + blocks + l1, first + blocks + l1 + l2, end)
+    l1_start = first + blocks + crypto
+    return _Plan(first, first + blocks, l1_start, l1_start + l1, l1_start + l1 + l2, end)
 
 
 def _header(options: CreateOptions, plan: _Plan) -> Header:
@@ -116,6 +141,10 @@ def _header(options: CreateOptions, plan: _Plan) -> Header:
         header.extensions.append(
             Extension(EXTENSION_BACKING_FORMAT, options.backing_fmt.encode("utf-8"))
         )
+    if options.encryption is not None:
+        header.crypt_method = CRYPT_LUKS
+        area = CryptoArea(plan.crypto * size, options.encryption.payload_bytes())
+        header.extensions.append(area.extension())
     if layout.version == 3:
         _add_v3(header, options)
     return header
@@ -159,8 +188,8 @@ async def _write_refcounts(node: BlockDriverState, options: CreateOptions, plan:
     """The refcount table, and blocks that count 1 for every cluster up to the plan's end."""
     layout = options.layout
     size = layout.cluster_size
-    count = plan.l1 - plan.blocks
-    entries = array("Q", range(plan.blocks * size, plan.l1 * size, size))
+    count = plan.crypto - plan.blocks
+    entries = array("Q", range(plan.blocks * size, plan.crypto * size, size))
     table = disk_bytes(entries)
     await node.pwritev(size, memoryview(table + bytes(-len(table) % size)))
     width = RefcountWidth(layout.refcount_order)
@@ -180,6 +209,13 @@ def _block(width: RefcountWidth, size: int, ones: int) -> bytes:
     return disk_bytes(words)
 
 
+async def _write_luks(
+    node: BlockDriverState, area: bytes, plan: _Plan, options: CreateOptions
+) -> None:
+    size = options.layout.cluster_size
+    await node.pwritev(plan.crypto * size, memoryview(area + bytes(-len(area) % size)))
+
+
 async def _write_l1(node: BlockDriverState, options: CreateOptions, plan: _Plan) -> None:
     size = options.layout.cluster_size
     table_bytes = (plan.l2 - plan.l1) * size
@@ -197,6 +233,7 @@ async def _write_entries(
     *,
     entries: int,
     table_bytes: int,
+    flags: int = COPIED,
 ) -> None:
     """A table at `offset` whose `entries` name the clusters from `first` on; zeroes behind them."""
     bits = options.layout.cluster_bits
@@ -204,6 +241,6 @@ async def _write_entries(
         length = min(WRITE_BYTES, table_bytes - start)
         low = first + min(start // 8, entries)
         high = first + min((start + length) // 8, entries)
-        words = array("Q", (cluster << bits | COPIED for cluster in range(low, high)))
+        words = array("Q", (cluster << bits | flags for cluster in range(low, high)))
         data = disk_bytes(words)
         await node.pwritev(offset + start, memoryview(data + bytes(length - len(data))))

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from blockemu.drivers.crypto.create_options import take_new_volume
+from blockemu.drivers.crypto.luks_volume import NewVolume
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.options import take_bool, take_choice, take_size, take_str
 from blockemu.drivers.qcow2.compression import DEFLATE, ZSTD
@@ -41,11 +43,15 @@ class CreateOptions:
     preallocation: str = "off"
     lazy_refcounts: bool = False
     compression_type: int = DEFLATE
+    encryption: NewVolume | None = None
+    key_secret: str | None = None
+    """Id of the secret that the encrypted image gets."""
 
     @classmethod
     def parse(cls, name: str, size_bytes: int, options: Mapping[str, Any]) -> CreateOptions:
         """From qemu-img's names: `cluster_size`, `compat`, `refcount_bits`, `backing_file`,
-        `backing_fmt`, `preallocation`, `lazy_refcounts`, `compression_type`, `extended_l2`.
+        `backing_fmt`, `preallocation`, `lazy_refcounts`, `compression_type`, `extended_l2`,
+        `encrypt.format` and what goes with it.
 
         Raises: ImageError, for what is unknown, out of range or contradictory.
         """
@@ -60,8 +66,11 @@ class CreateOptions:
         compression = take_choice(name, rest, "compression_type", tuple(_COMPRESSION_TYPES), "zlib")
         if take_bool(name, rest, "extended_l2", default=False):
             raise ImageError(name, "extended_l2=on is not supported yet")
+        encryption = _take_encryption(name, rest)
         found = cls(
             layout=layout,
+            encryption=encryption,
+            key_secret=take_str(name, rest, "encrypt.key-secret", None) if encryption else None,
             size_bytes=round_up(size_bytes, SECTOR),
             backing_file=take_str(name, rest, "backing_file", None),
             backing_fmt=take_str(name, rest, "backing_fmt", None),
@@ -80,6 +89,10 @@ class CreateOptions:
                 raise ImageError(name, "lazy_refcounts=on needs compat=1.1 or above")
             if self.compression_type != DEFLATE:
                 raise ImageError(name, "compression_type=zstd needs compat=1.1 or above")
+            if self.encryption is not None and self.preallocation != "off":
+                raise ImageError(
+                    name, "an encrypted image can be preallocated with compat=1.1 or above only"
+                )
         if not 0 <= self.size_bytes <= SIZE_MAX:
             raise ImageError(name, f"a size of {self.size_bytes} bytes is not possible")
         if self.layout.l1_entries(self.size_bytes) * 8 > L1_BYTES_MAX:
@@ -103,6 +116,22 @@ class CreateOptions:
             raise ImageError(name, f"the backing file's name is over {BACKING_NAME_MAX} bytes")
         if self.preallocation != "off":
             raise ImageError(name, "an image with a backing_file can't be preallocated")
+
+
+def _take_encryption(name: str, options: dict[str, Any]) -> NewVolume | None:
+    """Raises: ImageError: not LUKS, or without encryption."""
+    legacy = take_bool(name, options, "encryption", default=False)
+    fmt = take_choice(name, options, "encrypt.format", ("none", "aes", "luks"), "none")
+    if legacy or fmt == "aes":
+        raise ImageError(
+            name, "AES encryption is legacy, and not for new images; take encrypt.format=luks"
+        )
+    if fmt == "luks":
+        return take_new_volume(name, options, prefix="encrypt.")
+    given = next((key for key in options if key.startswith("encrypt.")), None)
+    if given is not None:
+        raise ImageError(name, f"option '{given}' goes with encrypt.format=luks")
+    return None
 
 
 def _cluster_bits(name: str, size: int) -> int:

@@ -17,7 +17,7 @@ from blockemu.drivers.drain import DrainedSection
 from blockemu.drivers.driver import BlockDriver, BlockStatus, RequestFlags
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.map_slot import MapSlot
-from blockemu.drivers.options import take_str
+from blockemu.drivers.options import take_dict, take_str
 from blockemu.drivers.qcow2 import resize, snapshot, status
 from blockemu.drivers.qcow2.compression import TYPE_NAMES
 from blockemu.drivers.qcow2.features import CORRUPT, DIRTY, LAZY_REFCOUNTS
@@ -398,6 +398,7 @@ async def _open_backing(
     name: str, header: Header, node: Any, options: dict[str, Any], opener: Opener
 ) -> BdrvChild | None:
     """The backing child: as the options say, or else as the header does. Raises: ImageError."""
+    extra = take_dict(name, options, "backing") if _is_partial(options) else None
     if "backing" in options:
         given = options.pop("backing")
         if given is None:
@@ -414,6 +415,8 @@ async def _open_backing(
         )
     backing = header.backing_file
     if backing is None:
+        if extra:
+            raise ImageError(name, "has no backing file, so it takes no option 'backing'")
         return None
     fmt = header.backing_format
     if not fmt:
@@ -424,4 +427,10 @@ async def _open_backing(
         )
     if fmt == "file":
         fmt = "raw"
-    return await opener.open_backing(node, filename=backing, fmt=fmt)
+    return await opener.open_backing(node, filename=backing, fmt=fmt, extra=extra)
+
+
+def _is_partial(options: dict[str, Any]) -> bool:
+    """What is said of the backing file only adds to what the header says: its secret, say."""
+    given = options.get("backing", {})
+    return isinstance(given, dict) and not given.keys() & {"driver", "file"}
