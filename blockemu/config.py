@@ -7,10 +7,12 @@ meant, before anything is opened.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
+from typing import Any
 
+from blockemu.drivers.crypto.secrets import SecretTable
 from blockemu.drivers.metadata_budget import METADATA_BYTES_MAX
 from blockemu.errors import DaemonError
 from blockemu.limits import Limits
@@ -55,6 +57,8 @@ class ImageConfig:
     aio: str = "native"
     discard: str = "unmap"
     detect_zeroes: str = "off"
+    node_options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the format's node, besides: what `--image-opts` says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +73,8 @@ class DaemonConfig:
     limits: Limits = field(default_factory=Limits)
     metadata_bytes_max: int = METADATA_BYTES_MAX
     """What caches of all images' metadata may take, together."""
+    secrets: SecretTable = field(default_factory=SecretTable)
+    """What unlocks encrypted images; QMP adds more."""
 
 
 def serve_config(
@@ -88,6 +94,8 @@ def serve_config(
     poll_params: PollParams | None = None,
     limits: Limits | None = None,
     metadata_bytes_max: int = METADATA_BYTES_MAX,
+    secrets: SecretTable | None = None,
+    node_options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> DaemonConfig:
     """The configuration of `blockemu serve`. Raises: DaemonError."""
     if not paths:
@@ -111,6 +119,7 @@ def serve_config(
             aio=aio,
             discard=discard,
             detect_zeroes=detect_zeroes,
+            node_options=(node_options or {}).get(path, {}),
         )
         for path, name, thread in zip(paths, export_names, threads, strict=True)
     )
@@ -123,6 +132,7 @@ def serve_config(
         poll_params=poll_params or default_poll_params(),
         limits=limits,
         metadata_bytes_max=metadata_bytes_max,
+        secrets=secrets or SecretTable(),
     )
 
 

@@ -62,6 +62,7 @@ class Daemon:
             files=files or PosixFiles(),
             ctx=self.main_ctx,
             metadata_budget=MetadataBudget(config.metadata_bytes_max),
+            secrets=config.secrets,
         )
         self.exports = ExportTable()
         self.iothreads: dict[str, IOThread] = {}
@@ -163,6 +164,7 @@ class Daemon:
 
     async def _open_export(self, image: ImageConfig, undo: AsyncExitStack) -> None:
         thread = self._iothread(image.iothread, undo)
+        self.opener.node_options[image.path] = dict(image.node_options)
         node = await self.opener.open_image(
             image.path,
             fmt=image.fmt,

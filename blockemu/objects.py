@@ -7,7 +7,6 @@ On the command line: `--object secret,id=sec0,file=/run/keys/disk`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from blockemu.drivers.crypto.secrets import SecretTable, read_secret
 from blockemu.drivers.errors import ImageError
@@ -41,11 +40,6 @@ def _split(text: str) -> list[str]:
     return [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]
 
 
-def add_secret(table: SecretTable, secret_id: str, options: dict[str, Any]) -> None:
-    """Raises: ImageError."""
-    table.add(secret_id, read_secret(secret_id, options, read_file))
-
-
 def add_command_line_object(table: SecretTable, text: str, *, warn: Callable[[str], None]) -> None:
     """Carry out one `--object`. `warn` is told what is wiser done otherwise. Raises: ImageError."""
     _, object_id, options = parse_object(text)
@@ -54,7 +48,7 @@ def add_command_line_object(table: SecretTable, text: str, *, warn: Callable[[st
             f"secret '{object_id}' stands on the command line, where every user of this machine "
             "can read it (ps); keep it in a file: secret,id=...,file=PATH"
         )
-    add_secret(table, object_id, options)
+    table.add(object_id, read_secret(object_id, options, read_file))
 
 
 def read_file(path: str, bytes_max: int) -> bytes:

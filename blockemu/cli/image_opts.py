@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+WITH_TARGET = "filenames"
+"""The argument whose last word is a target, always a path."""
+
 _KEY = "blockemu.session_objects"
 
 
@@ -89,14 +92,16 @@ def _replace_arguments(arguments: tuple[str, ...], values: dict[str, Any]) -> No
     formats = set()
     for argument in arguments:
         value = values[argument]
-        texts = value[:-1] if isinstance(value, tuple) else (value,)
+        many = isinstance(value, tuple)
+        kept = value[-1:] if argument == WITH_TARGET else ()
+        texts = value[: len(value) - len(kept)] if many else (value,)
         paths = []
         for text in texts:
             path, fmt, options = parse_image_opts(text)
             paths.append(path)
             formats.add(fmt)
             objects.node_options[path] = options
-        values[argument] = (*paths, value[-1]) if isinstance(value, tuple) else paths[0]
+        values[argument] = (*paths, *kept) if many else paths[0]
     if len(formats) > 1:
         raise click.UsageError("--image-opts: all images must be of one driver.")
     values["fmt"] = formats.pop()

@@ -8,6 +8,7 @@ import os
 import click
 
 from blockemu.cli.failure import one_line
+from blockemu.cli.image_opts import image_opts_option, object_option
 from blockemu.cli.sizes import read_size
 from blockemu.cli.verbosity import CliState, verbose_option
 
@@ -31,7 +32,7 @@ Examples:
     "-f",
     "--format",
     "fmt",
-    type=click.Choice(["raw", "qcow2"]),
+    type=click.Choice(["raw", "qcow2", "luks"]),
     help="Format of the images; without it, it is found out, and an image that names a "
     "backing or data file is refused.",
 )
@@ -141,6 +142,8 @@ Examples:
     metavar="PATH",
     help="Listen for QMP (QEMU's machine protocol) on this unix socket.",
 )
+@object_option
+@image_opts_option("images")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.pass_obj
 @click.help_option("-h", "--help")
@@ -171,6 +174,7 @@ def serve(
     from blockemu.config import NBD_PORT, TcpAddress, UnixAddress, serve_config
     from blockemu.daemon import Daemon
     from blockemu.drivers.metadata_budget import METADATA_BYTES_MAX
+    from blockemu.img.session_objects import session_objects
     from blockemu.loop.iothread import default_poll_params
     from blockemu.loop.poller import PollParams
     from blockemu.notify import make_notify
@@ -186,6 +190,7 @@ def serve(
         )
     if metadata_bytes is None:
         metadata_bytes = METADATA_BYTES_MAX
+    objects = session_objects()
     config = serve_config(
         images,
         names=names,
@@ -205,6 +210,8 @@ def serve(
             shrink=poll_shrink,
         ),
         metadata_bytes_max=metadata_bytes,
+        secrets=objects.secrets,
+        node_options=objects.node_options,
     )
     if state.owns_process:
         raise_open_files_limit()

@@ -144,6 +144,8 @@ def test_whatever_stands_in_a_header_is_parsed_or_refused(data: st.DataObject) -
     try:
         header = parse(NAME, bytes(changed))
     except ImageError as error:
-        assert "\n" not in str(error)
+        reason: str | None = str(error)
     else:
+        reason = None
         assert header.payload_bytes <= 64 << 20
+    assert reason is None or "\n" not in reason
