@@ -88,6 +88,11 @@ class LuksDriver(BlockDriver):
     def length_bytes(self) -> int:
         return (self._file.length_bytes - self._start) // SECTOR * SECTOR
 
+    @property
+    def payload_offset(self) -> int:
+        """Bytes of header and key material, before the payload."""
+        return self._start
+
     async def preadv(self, offset: int, view: memoryview) -> None:
         cipher = self._unlocked()
         await self._file.preadv(self._start + offset, view)

@@ -34,6 +34,11 @@ Examples:
     metavar="KEY=VALUE,...",
     help="What to change; `-o help` (or `-o ?`) lists it. A comma in a value is doubled.",
 )
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Also erase the last key slot of an encrypted image, or write over an active one.",
+)
 @progress_option
 @quiet_option
 @click.argument("filename", metavar="FILE", required=False)
@@ -44,6 +49,7 @@ Examples:
 def amend(
     fmt: str | None,
     options: tuple[str, ...],
+    force: bool,
     progress: bool,
     quiet: bool,
     filename: str | None,
@@ -60,4 +66,4 @@ def amend(
     if not options:
         raise click.UsageError("Missing option '-o'.")
     with progress_bar(wanted=progress and not quiet) as show:
-        amend_image(filename, fmt=fmt, option_texts=options, progress=show)
+        amend_image(filename, fmt=fmt, option_texts=options, force=force, progress=show)

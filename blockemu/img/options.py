@@ -75,6 +75,15 @@ LUKS = (
 FORMATS: dict[str, tuple[OptionSpec, ...]] = {"raw": RAW, "qcow2": QCOW2, "luks": LUKS}
 """The formats that can be created."""
 
+KEY_SLOTS = (
+    OptionSpec("state", str, "Select new state of affected keyslots (active/inactive)"),
+    OptionSpec("new-secret", str, "ID of the secret for the new keyslot"),
+    OptionSpec("old-secret", str, "ID of the secret that affected keyslots have now"),
+    OptionSpec("keyslot", int, "Select a single keyslot to modify explicitly"),
+    OptionSpec("iter-time", int, "Time to spend in PBKDF in milliseconds"),
+)
+"""Of `img amend`, behind `encrypt.` for qcow2."""
+
 _KIND_WORDS = {str: "<str>", int: "<size>", bool: "<bool (on/off)>"}
 _ON_OFF = {
     "on": True,
@@ -99,9 +108,14 @@ def split_commas(text: str) -> list[str]:
     return [part for part in parts if part]
 
 
-def parse_options(name: str, fmt: str, texts: Iterable[str]) -> dict[str, OptionValue]:
-    """What the user's `-o` texts say for the image `name`; later ones win. Raises: ImageError."""
-    specs = {spec.name: spec for spec in format_options(name, fmt)}
+def parse_options(
+    name: str, fmt: str, texts: Iterable[str], *, more: Iterable[OptionSpec] = ()
+) -> dict[str, OptionValue]:
+    """What the user's `-o` texts say for the image `name`; later ones win. Raises: ImageError.
+
+    `more`: options besides those of new images.
+    """
+    specs = {spec.name: spec for spec in (*format_options(name, fmt), *more)}
     found: dict[str, OptionValue] = {}
     for text in texts:
         if not text.strip(","):
@@ -140,10 +154,17 @@ def format_options(name: str, fmt: str) -> tuple[OptionSpec, ...]:
 def options_help(fmt: str) -> str:
     """What `-o help` prints. Raises: ImageError."""
     lines = [f"Supported {fmt} options:"]
-    for spec in sorted(format_options("-f", fmt), key=lambda spec: spec.name):
-        usage = f"{spec.name}={_KIND_WORDS[spec.kind]}"
-        lines.append(f"  {usage:<22} - {spec.help}")
+    lines += help_lines(format_options("-f", fmt))
     return "\n".join(lines)
+
+
+def help_lines(specs: Iterable[OptionSpec]) -> list[str]:
+    """A line for each option, by name."""
+    found = []
+    for spec in sorted(specs, key=lambda spec: spec.name):
+        usage = f"{spec.name}={_KIND_WORDS[spec.kind]}"
+        found.append(f"  {usage:<22} - {spec.help}")
+    return found
 
 
 def formatting_line(name: str, fmt: str, options: dict[str, OptionValue]) -> str:

@@ -102,6 +102,11 @@ def find_slot(header: LuksHeader, area: bytes, passphrase: bytes) -> tuple[int, 
     return None
 
 
+def slot_matches(header: LuksHeader, slot: int, area: bytes, passphrase: bytes) -> bool:
+    """Whether this passphrase unlocks this active slot."""
+    return _is_master_key(header, _key_in_slot(header, header.slots[slot], area, passphrase))
+
+
 def _key_in_slot(header: LuksHeader, slot: KeySlot, area: bytes, passphrase: bytes) -> bytes:
     start = slot.key_material_offset * SECTOR
     material = bytearray(area[start : start + header.material_bytes])
