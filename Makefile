@@ -6,6 +6,7 @@
 # make lint types     ruff; mypy --strict on an installed copy
 # make fuzz-differential  random operations on served qcow2 images (ROUNDS=, SEED=)
 # make stress         verified load while the graph changes, and beside hostile clients (ROUNDS=, SEED=)
+# make crash          power cuts, kill -9 and shared clusters, on and on (ROUNDS=, SEED=)
 # make sanitize       the C parts under sanitizers: fuzzed, and under load (ROUNDS=, SEED=)
 # make fuzz-native    libFuzzer on the native NBD connection (SECONDS=; ARGS= go to libFuzzer)
 # make bench          against qemu-storage-daemon and nbdkit (ARGS=)
@@ -16,7 +17,7 @@
 
 .SUFFIXES:
 .PHONY: help serve bootstrap test check lint format types bench image image-test clean
-.PHONY: fuzz-differential stress sanitize fuzz-native
+.PHONY: fuzz-differential stress crash sanitize fuzz-native
 
 export PYTHON
 VENV = .venv/bin
@@ -64,6 +65,16 @@ stress: bootstrap
 	BLOCKEMU_ROUNDS=$(ROUNDS) $(if $(SEED),BLOCKEMU_SEED=$(SEED)) \
 		$(VENV)/python -m pytest -q tests/e2e/test_graph_stress.py \
 		tests/e2e/test_hostile_clients.py $(ARGS)
+
+# A round is 1300 simulated power cuts, 150 runs of requests that share clusters, 17 times kill -9,
+# and 2 runs of clients that share clusters: about 20 seconds.
+crash: ROUNDS = 100
+crash: bootstrap
+	BLOCKEMU_ROUNDS=$(ROUNDS) $(if $(SEED),BLOCKEMU_SEED=$(SEED)) $(VENV)/python -m pytest -q \
+		tests/unit/drivers/qcow2/test_freed_clusters.py \
+		tests/unit/drivers/qcow2/test_shared_clusters.py \
+		tests/e2e/test_kill_search.py tests/e2e/test_kill_img.py \
+		tests/e2e/test_shared_clusters.py $(ARGS)
 
 # The sanitized build also runs tests that load the C parts into pytest's own process.
 SANITIZED_TESTS = tests/unit/nbd tests/unit/loop tests/unit/drivers/test_native_map.py \

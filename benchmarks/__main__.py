@@ -2,13 +2,15 @@
 """Command line of the benchmark: ``python -m benchmarks``, or ``make bench``.
 
 Runs what is installed, says what is missing, prints as it goes, and ends with the targets.
-``--check`` makes a missed target an exit status of 1. Three parts: the servers side by side, an
-export's isolation from a busy main thread, and two IOThreads at once.
+``--check`` makes a missed target an exit status of 1. The parts: the servers side by side, an
+export's isolation from a busy main thread, two IOThreads at once, writes that allocate, and the
+img commands beside qemu-img.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -19,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import allocation, img_tools
 from benchmarks.contestants import CONTESTANTS, EXTRA_CONTESTANTS, OURS, Contestant, Stand
 from benchmarks.images import copy_image, make_master, takes_direct_io
 from benchmarks.iothreads import iothreads_section, run_iothreads
@@ -27,6 +30,8 @@ from benchmarks.isolation_report import QSD, isolation_section
 from benchmarks.machine import describe_machine
 from benchmarks.measure import Sample, run_setting
 from benchmarks.options import (
+    ALLOCATION,
+    IMG,
     IOTHREADS,
     ISOLATION,
     SERVERS,
@@ -144,6 +149,27 @@ class Run:
             )
         self._add(iothreads_section(samples))
 
+    def run_allocation(self) -> None:
+        """Writes that allocate clusters of qcow2 images."""
+        parents = {False: self.options.cache_dir, True: self.options.direct_dir}
+        with contextlib.ExitStack() as stack:
+            folders = {}
+            for setting in allocation.SETTINGS:
+                parent = parents[setting.direct]
+                if setting.direct and not takes_direct_io(parent):
+                    say(f"allocation: {setting.name} is left out: {parent} doesn't take O_DIRECT")
+                    continue
+                folder = tempfile.TemporaryDirectory(prefix="bench-", dir=parent)
+                folders[setting.name] = Path(stack.enter_context(folder))
+            samples = allocation.run_allocation(folders, rounds=self.options.rounds, complain=say)
+        self._add(allocation.allocation_section(samples))
+
+    def run_img(self) -> None:
+        """The img commands beside qemu-img."""
+        with tempfile.TemporaryDirectory(prefix="bench-", dir=self.options.cache_dir) as name:
+            samples = img_tools.run_img(Path(name), rounds=self.options.rounds, complain=say)
+        self._add(img_tools.img_section(samples))
+
     def _add(self, section: Section) -> None:
         self.sections.append(section)
         say(text_section(section) + "\n")
@@ -255,6 +281,8 @@ def main() -> int:
         SERVERS: run.run_servers,
         ISOLATION: run.run_isolation,
         IOTHREADS: run.run_iothreads,
+        ALLOCATION: run.run_allocation,
+        IMG: run.run_img,
     }
     for part in choose_parts(options):
         parts[part]()

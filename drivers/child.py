@@ -46,7 +46,7 @@ class BdrvChild:
     `parent` is None for the edge of a BlockBackend, which is then its `owner`.
     """
 
-    __slots__ = ("name", "node", "owner", "parent", "perm", "role", "shared")
+    __slots__ = ("may_write", "name", "node", "owner", "parent", "perm", "role", "shared")
 
     def __init__(
         self,
@@ -66,6 +66,8 @@ class BdrvChild:
         self.perm = perm
         self.shared = shared
         self.owner = owner
+        # Asked by each write; arithmetic with an IntFlag takes a microsecond.
+        self.may_write = bool(perm & (Permission.WRITE | Permission.WRITE_UNCHANGED))
 
     @property
     def length_bytes(self) -> int:
@@ -80,13 +82,13 @@ class BdrvChild:
     def pwritev(
         self, offset: int, view: memoryview, flags: RequestFlags = RequestFlags.NONE
     ) -> Coroutine[Any, Any, None]:
-        assert self.perm & (Permission.WRITE | Permission.WRITE_UNCHANGED), self.describe()
+        assert self.may_write, self.describe()
         return self.node.pwritev(offset, view, flags)
 
     def pwrite_zeroes(
         self, offset: int, length: int, flags: RequestFlags = RequestFlags.NONE
     ) -> Coroutine[Any, Any, None]:
-        assert self.perm & (Permission.WRITE | Permission.WRITE_UNCHANGED), self.describe()
+        assert self.may_write, self.describe()
         return self.node.pwrite_zeroes(offset, length, flags)
 
     def pdiscard(self, offset: int, length: int) -> Coroutine[Any, Any, None]:

@@ -167,6 +167,11 @@ class DirectMap:
         if self._native is not None:
             self._native.publish(page, entry)
 
+    def leads_into(self, host_offset: int, length: int) -> bool:
+        """Whether an entry lies in this range of the file. Looks at all entries."""
+        low, high = host_offset << 1, (host_offset + length) << 1
+        return any(low <= entry < high for entry in self._stored.values())
+
     def pin(self) -> Pin:
         """A request taken from the map is now in flight. Give the result to `unpin`."""
         generation = self._generation

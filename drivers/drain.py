@@ -19,6 +19,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from blockemu.drivers.node import ancestors
+
 if TYPE_CHECKING:
     from blockemu.drivers.backend import BlockBackend
     from blockemu.drivers.direct_map import DirectMap
@@ -34,7 +36,7 @@ class DrainedSection:
     """
 
     def __init__(self, node: BlockDriverState) -> None:
-        self._nodes = _ancestors(node)
+        self._nodes = ancestors(node)
         self._ctx: AioContext | None = None
         self._backends: list[BlockBackend] = []
         self._maps: list[DirectMap] = []
@@ -97,16 +99,3 @@ class DrainedSection:
         for backend in self._backends:
             backend.drained_end()
         self._backends.clear()
-
-
-def _ancestors(node: BlockDriverState) -> list[BlockDriverState]:
-    """`node` and everything above it, children before parents, each once."""
-    found: dict[int, BlockDriverState] = {}
-    pending = [node]
-    while pending:
-        current = pending.pop(0)
-        if id(current) in found:
-            found.pop(id(current))  # seen again, from higher up: it belongs later
-        found[id(current)] = current
-        pending.extend(edge.parent for edge in current.parents if edge.parent is not None)
-    return list(found.values())

@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 from blockemu.drivers.errors import ImageError, io_error
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from blockemu.drivers.child import Permission
     from blockemu.drivers.direct_map import DirectMap
+    from blockemu.drivers.dirty_bitmap import DirtyBitmap
     from blockemu.drivers.metadata_budget import Share
     from blockemu.drivers.node import BlockDriverState
     from blockemu.drivers.registry import Opener
@@ -68,7 +71,7 @@ class BlockDriver(ABC):
     """At the bottom of the graph: reads past its end are zeroes, writes past it make it grow."""
     supports_fua: ClassVar[bool] = False
     """`pwritev` and `pwrite_zeroes` honour FUA themselves; otherwise the node flushes."""
-    supports_compressed_writes: ClassVar[bool] = False
+    supports_compressed_writes: bool = False
     """`pwritev` honours WRITE_COMPRESSED; otherwise it is never handed the flag."""
 
     keeps_zeroes: ClassVar[bool] = True
@@ -187,6 +190,49 @@ class BlockDriver(ABC):
         name = self.node.filename or self.node.node_name
         return ImageError(name, f"format {self.name} has no internal snapshots")
 
+    # Dirty bitmaps that are kept in the image. The node has them (node.py) and records; this is how
+    # the driver reads and keeps them. The coroutines drain the node themselves, where they must.
+
+    @property
+    def supports_bitmaps(self) -> bool:
+        """Whether the image can keep any."""
+        return False
+
+    @property
+    def stored_bitmaps(self) -> tuple[str, ...]:
+        """The names of those that it has, as it stands on the disk."""
+        return ()
+
+    def prepare_bitmap(self, name: str, granularity: int) -> None:
+        """The node is about to have a new bitmap that is to be kept. Raises: ImageError: it can't
+        be."""
+        raise self._no_bitmaps()
+
+    async def load_bitmap(self, name: str) -> DirtyBitmap | None:
+        """The bitmap of this name, read from the image if it wasn't yet. Raises: ImageError."""
+        return self.node.dirty_bitmaps.get(name)
+
+    async def bitmaps_changing(self, bitmaps: Collection[DirtyBitmap]) -> None:
+        """These bitmaps of the node are about to change, otherwise than by recording: a crash from
+        here on makes those that the image keeps inconsistent. Raises: OSError."""
+        return
+
+    async def remove_stored_bitmap(self, name: str) -> None:
+        """Take a persistent bitmap out of the image, durably. Raises: ImageError; OSError."""
+        raise self._no_bitmaps()
+
+    async def store_bitmaps(self) -> None:
+        """Bring all persistent bitmaps to the image, durably; `close` does it, too, but can't fail.
+        From here on, the node refuses writes. Raises: ImageError; OSError."""
+        return
+
+    def _no_bitmaps(self) -> ImageError:
+        name = self.node.filename or self.node.node_name
+        return ImageError(
+            name,
+            f"Can't store persistent bitmaps to {self.node.node_name}: format {self.name} has none",
+        )
+
     async def close(self) -> None:
         """Let go of everything. The node is quiet and flushed; children are closed by the node."""
         return
@@ -209,6 +255,11 @@ class BlockDriver(ABC):
     def direct_map(self) -> DirectMap | None:
         """The driver's direct map (direct_map.py), or None if every request must come by here."""
         return None
+
+    async def drop_direct_map(self) -> None:
+        """Forget the direct map, whose mappings are about to mean less; the next user is given a
+        new one. Suspends: until the requests that were taken from it are done."""
+        return
 
     def info(self) -> dict[str, Any]:
         """Facts of the format for `img info` and queries, under the field's own names."""

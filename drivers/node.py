@@ -6,9 +6,9 @@ file and nowhere else: the caller is in the node's home thread, the range is ins
 node may be written, offsets and lengths are multiples of the driver's `request_alignment`, an
 unaligned write is a read-modify-write that no other write overlaps, write-zeroes that the driver
 can't do become written zeroes, written zeroes become write-zeroes where the node was asked to look
-for them, discards reach it only if they may, FUA becomes a flush where the driver knows none, and
-`in_flight` says how many requests are under way, so that a drained section (drain.py) can wait for
-none.
+for them, discards reach it only if they may, FUA becomes a flush where the driver knows none, what
+changes the disk is marked in the dirty bitmaps that record (dirty_bitmap.py), and `in_flight` says
+how many requests are under way, so that a drained section (drain.py) can wait for none.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from blockemu.loop.sync import WaitQueue
 
 if TYPE_CHECKING:
     from blockemu.drivers.direct_map import DirectMap
+    from blockemu.drivers.dirty_bitmap import DirtyBitmap
     from blockemu.loop.aio_context import AioContext
 
 OFFSET_MAX = 2**63 - 1
@@ -84,6 +85,9 @@ class BlockDriverState:
         self.mapped_by: list[DirectMap] = []
         """Direct maps that point into this node's host file, past this node. Changed by `add_map`
         and `remove_map`."""
+        self.dirty_bitmaps: dict[str, DirtyBitmap] = {}
+        """By name. Changed by `add_bitmap`, `remove_bitmap` and `set_recording`."""
+        self._recording: list[DirtyBitmap] = []
         self._map_holds = 0
         self._tracker = RequestTracker()
         self._idle = WaitQueue()
@@ -98,7 +102,7 @@ class BlockDriverState:
     @property
     def maps_writes(self) -> bool:
         """Whether a direct map may lead writes past this node, which then doesn't see them."""
-        return not self.read_only and self._zeroes_as is None
+        return not self.read_only and self._zeroes_as is None and not self._recording
 
     def refuse_writes(self, reason: str) -> None:
         """What is below is damaged: from now on every write fails with EIO, and reads go on."""
@@ -161,9 +165,11 @@ class BlockDriverState:
                 await self._write_aligned(offset, view, flags)
             else:
                 await self._write_blocks(offset, view, flags, mask)
-            if flags & RequestFlags.FUA and not self.driver.supports_fua:
+            if flags and flags & RequestFlags.FUA and not self.driver.supports_fua:
                 await self.driver.flush()
         finally:
+            if self._recording:
+                self._record(offset, length)
             self._leave()
 
     async def pwrite_zeroes(
@@ -181,9 +187,11 @@ class BlockDriverState:
         try:
             if length:
                 await self._zero_range(offset, length, flags)
-            if flags & RequestFlags.FUA and not self.driver.supports_fua:
+            if flags and flags & RequestFlags.FUA and not self.driver.supports_fua:
                 await self.driver.flush()
         finally:
+            if self._recording:
+                self._record(offset, length)
             self._leave()
 
     async def pdiscard(self, offset: int, length: int) -> None:
@@ -207,6 +215,8 @@ class BlockDriverState:
             else:
                 await self.driver.pdiscard(start, end - start)
         finally:
+            if self._recording:
+                self._record(start, end - start)
             self._leave()
 
     async def flush(self) -> None:
@@ -236,6 +246,8 @@ class BlockDriverState:
         self.in_flight += 1
         try:
             await self.driver.truncate(length, preallocation=preallocation)
+            for bitmap in self.dirty_bitmaps.values():
+                bitmap.resize(self.length_bytes)
         finally:
             self._leave()
 
@@ -266,13 +278,19 @@ class BlockDriverState:
         if not self.in_flight:
             self._idle.wake_all()
 
+    def _record(self, offset: int, length: int) -> None:
+        for bitmap in self._recording:
+            if offset + length > bitmap.length_bytes:
+                bitmap.resize(max(self.length_bytes, bitmap.length_bytes))
+            bitmap.set(offset, length)
+
     async def wait_idle(self) -> None:
         """Suspends: until no request is in flight. Keeping new ones out is the caller's part."""
         while self.in_flight:
             await self._idle.wait()
 
     async def _write_aligned(self, offset: int, view: memoryview, flags: RequestFlags) -> None:
-        if not self.driver.supports_fua:
+        if flags and not self.driver.supports_fua:
             flags &= ~RequestFlags.FUA
         await self.driver.pwritev(offset, view, flags)
 
@@ -408,6 +426,51 @@ class BlockDriverState:
         finally:
             self.ctx.buffers.give(buffer)
 
+    # --- dirty bitmaps; home thread of ctx ---
+
+    async def add_bitmap(self, bitmap: DirtyBitmap) -> None:
+        """Have the node keep this bitmap; its name is new here. Suspends: as `set_recording`."""
+        assert bitmap.name not in self.dirty_bitmaps, bitmap
+        assert bitmap.length_bytes == self.length_bytes, bitmap
+        self.dirty_bitmaps[bitmap.name] = bitmap
+        await self.set_recording(bitmap, enabled=bitmap.enabled)
+
+    def adopt_bitmap(self, bitmap: DirtyBitmap) -> None:
+        """As `add_bitmap`, while the node is being opened: no request has come by yet."""
+        self.dirty_bitmaps[bitmap.name] = bitmap
+        if bitmap.records:
+            self._recording.append(bitmap)
+
+    async def remove_bitmap(self, bitmap: DirtyBitmap) -> None:
+        """The node knows the bitmap no more. Suspends: as `set_recording`."""
+        del self.dirty_bitmaps[bitmap.name]
+        await self.set_recording(bitmap, enabled=False)
+
+    async def set_recording(self, bitmap: DirtyBitmap, *, enabled: bool) -> None:
+        """From the return on, the bitmap records every write, or none.
+
+        Suspends: until writes that a direct map has led past this node are done; new ones come by
+        here. Cancelled meanwhile, it doesn't record.
+        """
+        bitmap.enabled = enabled
+        if bitmap.records == (bitmap in self._recording):
+            return
+        maps_writes = self.maps_writes
+        if bitmap.records:
+            self._recording.append(bitmap)
+        else:
+            self._recording.remove(bitmap)
+        if self.maps_writes == maps_writes:
+            return
+        try:
+            for node in ancestors(self):
+                await node.driver.drop_direct_map()
+        except BaseException:
+            if enabled:
+                bitmap.enabled = False
+                self._recording.remove(bitmap)
+            raise
+
     # --- the graph; main context, node quiet or not yet in use ---
 
     def attach_child(self, child: BdrvChild) -> None:
@@ -478,3 +541,16 @@ class BlockDriverState:
                 found[id(node)] = node
                 pending.extend(edge.node for edge in node.children.values())
         return list(found.values())
+
+
+def ancestors(node: BlockDriverState) -> list[BlockDriverState]:
+    """`node` and everything above it, children before parents, each once."""
+    found: dict[int, BlockDriverState] = {}
+    pending = [node]
+    while pending:
+        current = pending.pop(0)
+        if id(current) in found:
+            found.pop(id(current))  # seen again, from higher up: it belongs later
+        found[id(current)] = current
+        pending.extend(edge.parent for edge in current.parents if edge.parent is not None)
+    return list(found.values())

@@ -208,7 +208,7 @@ class Opener:
             if not node.parents and isinstance(options, dict):
                 await node.close()
             raise
-        if role & Role.DATA:
+        if name == "file" or (role & Role.DATA and parent.filename is None):
             parent.filename = node.filename
             parent.file_options = node.file_options
         return edge
@@ -272,14 +272,16 @@ class Opener:
         finally:
             parent.backing_names = own_names
 
-    def resolve_backing(self, image: str, filename: str) -> str:
-        """The path that an image's header means by `filename`. Raises: ImageError."""
+    def resolve_backing(self, image: str, filename: str, *, what: str = "backing file") -> str:
+        """The path that an image's header means by `filename`. Raises: ImageError.
+
+        `what`: the file that it is the name of, for messages."""
         prefix = _PROTOCOL_PREFIX.match(filename)
         if prefix is not None and "/" not in prefix.group():
             if prefix.group() == "file:":
                 filename = filename[len("file:") :]
             else:
-                raise ImageError(image, f"backing file '{filename}': not a kind known here")
+                raise ImageError(image, f"{what} '{filename}': not a kind known here")
         return os.path.join(os.path.dirname(image), filename)
 
     def image_options(self, path: str, fmt: str, *, file_options: dict[str, Any]) -> dict[str, Any]:

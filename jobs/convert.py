@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 from blockemu.drivers.chain_status import backing_node, chain_status
 from blockemu.drivers.driver import BlockStatus, RequestFlags
 from blockemu.drivers.errors import ImageError
-from blockemu.drivers.sector import sectors_up
+from blockemu.drivers.sector import SECTOR_BYTES, sectors_up
 from blockemu.jobs.job import Job
 from blockemu.loop.memory_scan import zero_and_data_runs
 from blockemu.loop.sync import Mutex, WaitQueue, gather, yield_now
@@ -37,6 +37,9 @@ clusters of any size."""
 ZERO_BYTES_MAX: Final = 1 << 30
 """The most that is zeroed at once: bounds the time until a pause or a cancel is heard."""
 
+SALVAGED_BYTES: Final = 4096
+"""Taken for data where not even block status can be had, before the question is asked again."""
+
 REQUESTS_MAX: Final = 16
 """Workers, each with a buffer of PIECE_BYTES."""
 
@@ -49,8 +52,9 @@ class ConvertPlan:
     file. `keep_backing`: its backing file shows what the sources' backing files do, so only what
     lies above those is copied. `sparse_bytes`: runs of so many zero bytes inside data are left out;
     0: everything is written, zeroes too. `compressed`: clusters are stored compressed, where that
-    makes them smaller. Each source begins at a whole sector, and if `compressed` in a whole cluster
-    of the target.
+    makes them smaller. `on_unreadable`: what can't be read becomes zeroes, and each sector of it is
+    told; None: it ends the job. Each source begins at a whole sector, and if `compressed` in a
+    whole cluster of the target.
     """
 
     sources: Sequence[BlockBackend]
@@ -61,6 +65,7 @@ class ConvertPlan:
     requests_max: int = 8
     in_order: bool = True
     compressed: bool = False
+    on_unreadable: Callable[[str], None] | None = None
 
     @property
     def granule_bytes(self) -> int:
@@ -154,10 +159,25 @@ class ConvertJob(Job):
         buffer = pool.take(piece.length)
         try:
             view = buffer.view[: piece.length]
-            await _read(piece.source, piece.source_offset, view)
+            await self._read(piece.source, piece.source_offset, view)
             await self._write_in_turn(piece, view)
         finally:
             pool.give(buffer)
+
+    async def _read(self, source: BlockBackend, offset: int, view: memoryview) -> None:
+        try:
+            await _read(source, offset, view)
+        except ImageError as error:
+            if self._plan.on_unreadable is None:
+                raise
+            if len(view) <= SECTOR_BYTES:
+                self._plan.on_unreadable(f"error while reading offset {offset}: {error.reason}")
+                view[:] = bytes(len(view))
+                return
+        else:
+            return
+        for start in range(0, len(view), SECTOR_BYTES):
+            await self._read(source, offset + start, view[start : start + SECTOR_BYTES])
 
     async def _write_in_turn(self, piece: Piece, view: memoryview) -> None:
         """Begin the piece's writes when those of all before it have begun."""
@@ -279,6 +299,8 @@ class ConvertJob(Job):
         try:
             return await chain_status(source.node, offset, inside, base=base)
         except OSError as error:
+            if self._plan.on_unreadable is not None:  # then reading tells what is wrong
+                return BlockStatus(min(inside, SALVAGED_BYTES), data=True, zero=False)
             raise ImageError.from_os_error(source.name, error) from error
 
     def _report(self, length: int) -> None:

@@ -9,7 +9,8 @@ fails; one that was there before stays, with whatever it then holds, as it does 
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from blockemu.drivers.node import BlockDriverState
     from blockemu.drivers.registry import Opener
 
-FormatWriter = Callable[["BlockDriverState"], Awaitable[None]]
-"""Writes an empty image of some format into a file's node."""
+FormatWriter = Callable[["BlockDriverState", "BlockDriverState | None"], Awaitable[None]]
+"""Writes an empty image of some format into a file's node, and into that of its data file."""
 
 SECTOR_BYTES = 512
 """Sizes of new images are rounded up to whole sectors, as qemu-img does."""
@@ -58,7 +59,7 @@ class CreateJob(Job):
         super().__init__(job_id, main_ctx=opener.ctx, **kwargs)
         self.image = image
         self._opener = opener
-        self._made_file = False
+        self._made_files: list[str] = []
 
     async def work(self) -> None:
         """Make the image. Raises: ImageError."""
@@ -76,14 +77,32 @@ class CreateJob(Job):
 
     async def _create(self, write_format: FormatWriter) -> None:
         path = self.image.path
+        data_path = self._data_path()
+        async with self._new_file(path) as node:
+            if data_path is None:
+                await self.pause_point()
+                await write_format(node, None)
+                return
+            if os.path.realpath(path) == os.path.realpath(data_path):
+                raise ImageError(path, "an image can't be its own data file")
+            async with self._new_file(data_path) as data:
+                await self.pause_point()
+                await write_format(node, data)
+
+    def _data_path(self) -> str | None:
+        """Where the header's name for it will lead to: relative to the image."""
+        name = self.image.options.get("data_file")
+        if self.image.fmt != "qcow2" or name is None:
+            return None
+        return self._opener.resolve_backing(self.image.path, name, what="data file")
+
+    @asynccontextmanager
+    async def _new_file(self, path: str) -> AsyncIterator[BlockDriverState]:
+        """Made, if it isn't there, and open inside the block."""
         self._make_file(path)
+        cache = dict(self.image.cache)
         node = await self._opener.open(
-            {
-                "driver": "file",
-                "filename": path,
-                "aio": "threads",
-                "cache": dict(self.image.cache),
-            }
+            {"driver": "file", "filename": path, "aio": "threads", "cache": cache}
         )
         try:
             backend = BlockBackend(path, node, writable=True)
@@ -91,23 +110,26 @@ class CreateJob(Job):
             await node.close()
             raise
         try:
-            await self.pause_point()
-            await write_format(node)
+            yield node
         finally:
             await backend.close()
 
     def _make_file(self, path: str) -> None:
         existed = os.path.lexists(path)
-        self._opener.files.open(
-            path, read_only=False, direct=False, aio="threads", create=True
-        ).close()
-        self._made_file = not existed
+        try:
+            self._opener.files.open(
+                path, read_only=False, direct=False, aio="threads", create=True
+            ).close()
+        except OSError as error:
+            raise ImageError.from_os_error(path, error) from error
+        if not existed:
+            self._made_files.append(path)
 
     def abort(self) -> None:
-        """Leave no half-made file behind."""
-        if self._made_file:
+        """Leave no half-made files behind."""
+        for path in self._made_files:
             try:
-                os.unlink(self.image.path)
+                os.unlink(path)
             except OSError:
                 pass
 
@@ -125,7 +147,7 @@ def _raw_writer(image: NewImage, opener: Opener) -> FormatWriter:
         raise ImageError(image.path, f"format raw has no option '{next(iter(options))}'")
     length = -(-image.size_bytes // SECTOR_BYTES) * SECTOR_BYTES
 
-    async def write(node: BlockDriverState) -> None:
+    async def write(node: BlockDriverState, data: BlockDriverState | None) -> None:
         file = node.driver.host_file
         if file is not None and file.is_block_device:
             if length > node.length_bytes:
@@ -143,9 +165,9 @@ def _qcow2_writer(image: NewImage, opener: Opener) -> FormatWriter:
     if options.encryption is not None:
         new_luks = luks_maker(image.path, options.encryption, options.key_secret, opener)
 
-    async def write(node: BlockDriverState) -> None:
+    async def write(node: BlockDriverState, data: BlockDriverState | None) -> None:
         area = await new_luks() if new_luks is not None else b""
-        await qcow2_create(node, image.path, options, luks_area=area)
+        await qcow2_create(node, image.path, options, data=data, luks_area=area)
 
     return write
 
@@ -160,7 +182,7 @@ def _luks_writer(image: NewImage, opener: Opener) -> FormatWriter:
     new_luks = luks_maker(image.path, new, secret_id, opener)
     length = new.payload_bytes() + sectors_up(image.size_bytes)
 
-    async def write(node: BlockDriverState) -> None:
+    async def write(node: BlockDriverState, data: BlockDriverState | None) -> None:
         area = await new_luks()
         file = node.driver.host_file
         if file is None or not file.is_block_device:

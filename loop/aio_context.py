@@ -243,6 +243,10 @@ class AioContext(Source):
         """What `clock` says. Context: any thread."""
         return (self._host_clock if clock is ClockType.HOST else self._clock).now_ns()
 
+    def clock_reader(self) -> Callable[[], int]:
+        """What `now_ns()` calls: for a hot path, which saves a frame. Context: any thread."""
+        return self._clock.now_ns
+
     def new_timer(
         self, callback: Callable[[], None], *, clock: ClockType = ClockType.REALTIME
     ) -> Timer:

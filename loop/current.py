@@ -31,3 +31,8 @@ def running_context() -> AioContext:
     if ctx is None:
         raise RuntimeError("no AioContext is running in this thread")
     return ctx
+
+
+def is_only_thread() -> bool:
+    """Whether the process has no other Python thread. Context: any thread."""
+    return threading.active_count() == 1

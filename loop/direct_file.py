@@ -61,39 +61,30 @@ class DirectFile(PosixFile):
         super().detach()
         self._aio = None
 
-    def start_read(self, offset: int, view: memoryview, done: Done) -> int | None:
+    def start_read(self, offset: int, view: memoryview, done: Done, address: int = 0) -> int | None:
         length = len(view)
         assert not (offset | length) & self._mask, f"{self.path}: unaligned read"
         aio = self._aio or self._find_aio()
         if aio is None:
             self._read_in_worker(offset, view, 0, done)
             return None
-        address = address_of(view)
+        address = address or address_of(view)
         assert not address & self._memory_mask, f"{self.path}: read into unaligned memory"
-        aio.queue(
-            IO_CMD_PREAD, self._fd, address, length, offset, done, view=view, short=self._read_short
-        )
+        aio.queue(IO_CMD_PREAD, self._fd, address, length, offset, done, view, self._read_short)
         return None
 
-    def start_write(self, offset: int, view: memoryview, done: Done) -> int | None:
+    def start_write(
+        self, offset: int, view: memoryview, done: Done, address: int = 0
+    ) -> int | None:
         length = len(view)
         assert not (offset | length) & self._mask, f"{self.path}: unaligned write"
         aio = self._aio or self._find_aio()
         if aio is None:
             self._write_in_worker(offset, view, 0, done)
             return None
-        address = address_of(view)
+        address = address or address_of(view)
         assert not address & self._memory_mask, f"{self.path}: write from unaligned memory"
-        aio.queue(
-            IO_CMD_PWRITE,
-            self._fd,
-            address,
-            length,
-            offset,
-            done,
-            view=view,
-            short=self._write_short,
-        )
+        aio.queue(IO_CMD_PWRITE, self._fd, address, length, offset, done, view, self._write_short)
         return None
 
     def close(self) -> None:

@@ -107,8 +107,9 @@ class HostFile(ABC):
         return self.size_bytes()
 
     @abstractmethod
-    def start_read(self, offset: int, view: memoryview, done: Done) -> int | None:
-        """Reads into `view`; offset, length and memory are aligned.
+    def start_read(self, offset: int, view: memoryview, done: Done, address: int = 0) -> int | None:
+        """Reads into `view`; offset, length and memory are aligned. `address` is where the memory
+        of `view` begins, for callers that know it: finding out takes a quarter of a microsecond.
 
         Returns the bytes read or -errno when it finished at once; `done` isn't called then. Else
         None, and done(result) follows in a later round; until then the view is the engine's. Only
@@ -118,7 +119,9 @@ class HostFile(ABC):
         """
 
     @abstractmethod
-    def start_write(self, offset: int, view: memoryview, done: Done) -> int | None:
+    def start_write(
+        self, offset: int, view: memoryview, done: Done, address: int = 0
+    ) -> int | None:
         """Writes all of `view`, or fails. Otherwise as start_read."""
 
     async def read(self, offset: int, view: memoryview) -> int:

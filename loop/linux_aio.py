@@ -115,12 +115,12 @@ class LinuxAio:
         length: int,
         offset: int,
         done: Done,
-        *,
         view: Any = None,
         short: Short | None = None,
         rw_flags: int = 0,
     ) -> None:
-        """The hot path of both. `view`, where given, is kept until the request is done.
+        """The hot path of both, called by position since keywords cost. `view`, where given, is
+        kept until the request is done.
 
         With `short`, a result other than `length` goes there, with the request and `done`, and not
         to `done`: so the plain case needs no closure.
@@ -243,17 +243,7 @@ class LinuxAio:
         waiting, self._waiting = self._waiting, deque()
         while waiting and self._free:
             opcode, fd, address, length, offset, done, view, short, rw_flags = waiting.popleft()
-            self.queue(
-                opcode,
-                fd,
-                address,
-                length,
-                offset,
-                done,
-                view=view,
-                short=short,
-                rw_flags=rw_flags,
-            )
+            self.queue(opcode, fd, address, length, offset, done, view, short, rw_flags)
         self._waiting = waiting
 
 

@@ -134,11 +134,13 @@ class MemoryFile(HostFile):
     def size_bytes(self) -> int:
         return len(self.image.content)
 
-    def start_read(self, offset: int, view: memoryview, done: Done) -> int | None:
+    def start_read(self, offset: int, view: memoryview, done: Done, address: int = 0) -> int | None:
         assert not (offset | len(view)) & (self.request_alignment - 1)
         return self._start("read", offset, len(view), view, done)
 
-    def start_write(self, offset: int, view: memoryview, done: Done) -> int | None:
+    def start_write(
+        self, offset: int, view: memoryview, done: Done, address: int = 0
+    ) -> int | None:
         assert not (offset | len(view)) & (self.request_alignment - 1)
         return self._start("write", offset, len(view), view, done)
 

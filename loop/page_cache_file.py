@@ -59,7 +59,7 @@ class PageCacheFile(PosixFile):
             return None
         return NativeIo(self._fd, NativeKind.NOWAIT, self.memory_alignment, durable=False)
 
-    def start_read(self, offset: int, view: memoryview, done: Done) -> int | None:
+    def start_read(self, offset: int, view: memoryview, done: Done, address: int = 0) -> int | None:
         got = 0
         if self._reads_nowait:
             try:
@@ -75,7 +75,9 @@ class PageCacheFile(PosixFile):
         self._reads.stage(self.ctx, self._fd, offset, view, got, done)
         return None
 
-    def start_write(self, offset: int, view: memoryview, done: Done) -> int | None:
+    def start_write(
+        self, offset: int, view: memoryview, done: Done, address: int = 0
+    ) -> int | None:
         self._writes.stage(self.ctx, self._fd, offset, view, 0, done)
         return None
 
@@ -94,14 +96,16 @@ class MemoryFilesystemFile(PosixFile):
     def native_io(self) -> NativeIo | None:
         return NativeIo(self._fd, NativeKind.INLINE, self.memory_alignment, durable=True)
 
-    def start_read(self, offset: int, view: memoryview, done: Done) -> int | None:
+    def start_read(self, offset: int, view: memoryview, done: Done, address: int = 0) -> int | None:
         try:
             count = os.preadv(self._fd, (view,), offset)
         except OSError as error:
             return -(error.errno or errno.EIO)
         return count if count == len(view) else read_fully(self._fd, view, offset)
 
-    def start_write(self, offset: int, view: memoryview, done: Done) -> int | None:
+    def start_write(
+        self, offset: int, view: memoryview, done: Done, address: int = 0
+    ) -> int | None:
         try:
             count = os.pwrite(self._fd, view, offset)
         except OSError as error:

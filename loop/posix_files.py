@@ -5,6 +5,7 @@
 |---|---|---|
 | page cache | tmpfs, ramfs | MemoryFilesystemFile: everything on the spot |
 | page cache | anything else | PageCacheFile: reads on the spot where cached, else workers |
+| page cache, `bulk` | anything | BulkFile: reads the same, writes by one worker |
 | direct, native | anything | DirectFile by Linux AIO, or workers in a context without it |
 | direct, threads | anything | DirectFile by workers |
 
@@ -19,6 +20,7 @@ import fcntl
 import os
 import stat
 
+from blockemu.loop.bulk_file import BulkFile
 from blockemu.loop.direct_alignment import NO_DIRECT
 from blockemu.loop.direct_file import DirectFile
 from blockemu.loop.file_engine import HostFile
@@ -32,9 +34,11 @@ from blockemu.loop.page_cache_file import (
 class PosixFiles:
     """FileEngine for regular files and block devices."""
 
-    def __init__(self, *, inline: bool = True) -> None:
-        """`inline=False` sends all page-cache I/O to workers (for comparison, and for tests)."""
+    def __init__(self, *, inline: bool = True, bulk: bool = False) -> None:
+        """`bulk`: for a program that copies and does nothing else (bulk_file.py). `inline=False`
+        sends all page-cache I/O to workers (for comparison, and for tests)."""
         self._inline = inline
+        self._bulk = bulk
 
     def open(
         self, path: str, *, read_only: bool, direct: bool, aio: str, create: bool = False
@@ -49,6 +53,9 @@ class PosixFiles:
             if direct:
                 native = aio == "native"
                 return DirectFile(fd, path, read_only=read_only, native=native)
+            if self._bulk:
+                in_memory = is_memory_filesystem(fd)
+                return BulkFile(fd, path, read_only=read_only, in_memory=in_memory)
             if self._inline and is_memory_filesystem(fd):
                 return MemoryFilesystemFile(fd, path, read_only=read_only)
             return PageCacheFile(fd, path, read_only=read_only, inline=self._inline)

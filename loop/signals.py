@@ -3,7 +3,7 @@
 
 A signal handler in Python runs between two bytecodes of whatever the main thread is doing, and may
 then break what it finds half done. So the handlers that are installed here do nothing; the
-interpreter's C code writes the signal's number into a socket (`signal.set_wakeup_fd`), which is
+interpreter's C code writes the signal's number into a pipe (`signal.set_wakeup_fd`), which is
 safe at any moment, and the loop reads it when its turn comes.
 
 Signals and that wake-up descriptor belong to the process, so there can be one watcher at a time; a
@@ -12,8 +12,8 @@ second one finds the place taken and says so. `close()` puts back what was there
 
 from __future__ import annotations
 
+import os
 import signal
-import socket
 from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -46,25 +46,23 @@ class SignalWatcher:
         self._ctx = ctx
         self._callback = callback
         self._signals = frozenset(signals)
-        self._read_end, self._write_end = socket.socketpair()
-        self._read_end.setblocking(False)
-        self._write_end.setblocking(False)
+        self._read_end, self._write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._closed = False
-        # A full socket means that many signals wait to be read: one more says nothing new.
-        previous_fd = signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
+        # A full pipe means that many signals wait to be read: one more says nothing new.
+        previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         if previous_fd != -1:
             signal.set_wakeup_fd(previous_fd)
-            self._read_end.close()
-            self._write_end.close()
+            os.close(self._read_end)
+            os.close(self._write_end)
             raise RuntimeError("signals are being watched already")
         self._previous: dict[int, Any] = {
             number: signal.signal(number, _do_nothing) for number in sorted(self._signals)
         }
-        ctx.set_fd_handler(self._read_end.fileno(), read=self._on_readable)
+        ctx.set_fd_handler(self._read_end, read=self._on_readable)
 
     def _on_readable(self) -> None:
         try:
-            numbers = self._read_end.recv(READ_BYTES_MAX)
+            numbers = os.read(self._read_end, READ_BYTES_MAX)
         except BlockingIOError:
             return
         for number in numbers:
@@ -83,6 +81,6 @@ class SignalWatcher:
         for number, handler in self._previous.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
-        self._ctx.set_fd_handler(self._read_end.fileno())
-        self._read_end.close()
-        self._write_end.close()
+        self._ctx.set_fd_handler(self._read_end)
+        os.close(self._read_end)
+        os.close(self._write_end)

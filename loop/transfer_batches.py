@@ -33,13 +33,21 @@ assert ffi.sizeof("struct transfer") == _TRANSFER.size == _WORDS * 8
 
 
 class TransferBatches:
-    """The reads, or the writes, of one file. Context: home thread of the file's context."""
+    """The reads, or the writes, of one file. Context: home thread of the file's context.
 
-    __slots__ = ("_bytes", "_deferred", "_is_write", "_packed", "_requests", "_requests_max")
+    `in_turn`: one batch at a time; what is staged meanwhile is the next one, however long.
+    """
 
-    def __init__(self, *, is_write: bool, requests_max: int) -> None:
+    __slots__ = (
+        "_bytes", "_deferred", "_in_turn", "_is_write", "_packed", "_requests", "_requests_max",
+        "_under_way",
+    )  # fmt: skip
+
+    def __init__(self, *, is_write: bool, requests_max: int, in_turn: bool = False) -> None:
         self._is_write = int(is_write)
         self._requests_max = requests_max
+        self._in_turn = in_turn
+        self._under_way = 0
         self._bytes = 0
         self._deferred = False
         self._packed = bytearray()
@@ -67,11 +75,17 @@ class TransferBatches:
             self._hand_over(ctx)
 
     def _hand_over(self, ctx: AioContext) -> None:
+        if self._in_turn and self._under_way:
+            return
+        self._under_way += 1
         requests, self._requests = self._requests, []
         packed, self._packed = self._packed, bytearray()
         self._bytes = 0
 
         def finished(outcome: Any) -> None:
+            self._under_way -= 1
+            if self._in_turn and self._requests:
+                self._hand_over(ctx)
             if isinstance(outcome, BaseException):
                 raise outcome  # a defect: C answers with -errno
             _tell(ctx, zip(requests, outcome, strict=True))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `blockemu` command: one file a subcommand, and one for how it fails.
 
-Commands import what they run when they run it: `blockemu --help` needn't load a storage daemon.
+Commands are imported when they are called, and import what they run when they run it: `blockemu
+--help` needn't load a storage daemon.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from collections.abc import Sequence
 import click
 
 import blockemu
-from blockemu.cli.failure import run_command
-from blockemu.cli.img import img
-from blockemu.cli.serve import serve
+from blockemu.cli.failure import leave, run_command
+from blockemu.cli.lazy_group import LazyGroup
 from blockemu.cli.verbosity import CliState, verbose_option
 
 EPILOG = """
@@ -26,7 +26,10 @@ Examples:
 """
 
 
-@click.group(epilog=EPILOG)
+@click.group(
+    cls=LazyGroup.of({"img": "blockemu.cli.img:img", "serve": "blockemu.cli.serve:serve"}),
+    epilog=EPILOG,
+)
 @click.version_option(blockemu.__version__, "-V", "--version", message="%(prog)s %(version)s")
 @click.help_option("-h", "--help")
 @verbose_option
@@ -37,11 +40,10 @@ def cli() -> None:
     """
 
 
-cli.add_command(serve)
-cli.add_command(img)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script. Exits: 0 done, 1 failed (one line on stderr says why), 2 wrong usage."""
     state = CliState(owns_process=arguments is None)
-    sys.exit(run_command(cli, list(sys.argv[1:] if arguments is None else arguments), state))
+    status = run_command(cli, list(sys.argv[1:] if arguments is None else arguments), state)
+    if state.owns_process:
+        leave(status)
+    sys.exit(status)

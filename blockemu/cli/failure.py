@@ -9,14 +9,16 @@ says so, and the traceback for those who asked with -v.
 from __future__ import annotations
 
 import errno
+import logging
+import os
 import sys
-import traceback
 
 import click
 
 from blockemu.cli.verbosity import CliState, configure_logging
 from blockemu.drivers.errors import ImageError
 from blockemu.errors import DaemonError
+from blockemu.loop.current import is_only_thread
 
 PROGRAM = "blockemu"
 
@@ -49,6 +51,23 @@ def run_command(command: click.Command, arguments: list[str], state: CliState) -
     return 1
 
 
+def leave(status: int) -> None:
+    """End the process here, if nothing is left to wait for; else return.
+
+    Taking the interpreter apart, module by module, takes 15 ms: a sixth of a short command.
+    """
+    if not is_only_thread():
+        return
+    logging.shutdown()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except (OSError, ValueError):
+        return  # the interpreter's own end knows what to say of it
+    os._exit(status)
+
+
 def describe_os_error(error: OSError) -> str:
     """`NAME: reason` of an error of the host, as far as it names anything."""
     reason = error.strerror or errno.errorcode.get(error.errno or 0, "I/O error")
@@ -58,6 +77,8 @@ def describe_os_error(error: OSError) -> str:
 def report_bug(error: Exception, *, verbose: bool) -> None:
     """One line about something that should not have happened."""
     if verbose:
+        import traceback  # a bug may take its time
+
         traceback.print_exception(error)
     report(
         f"internal error: {type(error).__name__}: {error} (a bug in blockemu: please report it, "

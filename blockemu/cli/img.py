@@ -5,20 +5,25 @@ from __future__ import annotations
 
 import click
 
-from blockemu.cli.img_amend import amend
-from blockemu.cli.img_bench import bench
-from blockemu.cli.img_check import check
-from blockemu.cli.img_commit import commit
-from blockemu.cli.img_compare import compare
-from blockemu.cli.img_convert import convert
-from blockemu.cli.img_create import create
-from blockemu.cli.img_dd import dd
-from blockemu.cli.img_info import info
-from blockemu.cli.img_map import map_
-from blockemu.cli.img_measure import measure
-from blockemu.cli.img_rebase import rebase
-from blockemu.cli.img_resize import resize
-from blockemu.cli.img_snapshot import snapshot
+from blockemu.cli.lazy_group import LazyGroup
+
+COMMANDS = {
+    "amend": "blockemu.cli.img_amend:amend",
+    "bench": "blockemu.cli.img_bench:bench",
+    "bitmap": "blockemu.cli.img_bitmap:bitmap",
+    "check": "blockemu.cli.img_check:check",
+    "commit": "blockemu.cli.img_commit:commit",
+    "compare": "blockemu.cli.img_compare:compare",
+    "convert": "blockemu.cli.img_convert:convert",
+    "create": "blockemu.cli.img_create:create",
+    "dd": "blockemu.cli.img_dd:dd",
+    "info": "blockemu.cli.img_info:info",
+    "map": "blockemu.cli.img_map:map_",
+    "measure": "blockemu.cli.img_measure:measure",
+    "rebase": "blockemu.cli.img_rebase:rebase",
+    "resize": "blockemu.cli.img_resize:resize",
+    "snapshot": "blockemu.cli.img_snapshot:snapshot",
+}
 
 EPILOG = """
 \b
@@ -30,23 +35,7 @@ Examples:
 """
 
 
-@click.group(epilog=EPILOG)
+@click.group(cls=LazyGroup.of(COMMANDS), epilog=EPILOG)
 @click.help_option("-h", "--help")
 def img() -> None:
     """Make and describe disk images: qemu-img's subcommands, with its options and output."""
-
-
-img.add_command(bench)
-img.add_command(compare)
-img.add_command(convert)
-img.add_command(check)
-img.add_command(amend)
-img.add_command(commit)
-img.add_command(create)
-img.add_command(dd)
-img.add_command(info)
-img.add_command(map_)
-img.add_command(measure)
-img.add_command(resize)
-img.add_command(snapshot)
-img.add_command(rebase)

@@ -17,6 +17,7 @@ Examples:
   blockemu img convert -f raw -O qcow2 disk.raw disk.qcow2
   blockemu img convert -p -f qcow2 -O raw -S 64k disk.qcow2 disk.raw
   blockemu img convert -c -f raw -O qcow2 -o compression_type=zstd disk.raw disk.qcow2
+  blockemu img convert -l before-upgrade -f qcow2 -O qcow2 disk.qcow2 then.qcow2
   blockemu img convert -n -W -f qcow2 -O raw disk.qcow2 /dev/vg/disk
 """
 
@@ -69,7 +70,20 @@ Examples:
     show_default=True,
     help="How many pieces are under way at once.",
 )
+@click.option(
+    "-l",
+    "--snapshot",
+    metavar="SNAPSHOT",
+    help="Copy SRC as it was at this internal snapshot (an id, or else a name).",
+)
+@click.option(
+    "--salvage", is_flag=True, help="Go on where SRC can't be read: DST gets zeroes there."
+)
 @click.option("-c", "--compress", is_flag=True, help="Store clusters of DST compressed (qcow2).")
+@click.option("--bitmaps", is_flag=True, help="Copy the persistent dirty bitmaps of SRC, too.")
+@click.option(
+    "--skip-broken-bitmaps", is_flag=True, help="With --bitmaps: leave out inconsistent ones."
+)
 @click.option("-W", "--out-of-order", is_flag=True, help="Write pieces in any order.")
 @cache_option("-t", "target_cache", default="unsafe", what="writing")
 @cache_option("-T", "source_cache", default="writeback", what="reading")
@@ -91,7 +105,11 @@ def convert(
     target_is_zero: bool,
     sparse_bytes: int,
     requests_max: int,
+    snapshot: str | None,
+    salvage: bool,
     compress: bool,
+    bitmaps: bool,
+    skip_broken_bitmaps: bool,
     out_of_order: bool,
     target_cache: str,
     source_cache: str,
@@ -101,6 +119,7 @@ def convert(
     filenames: tuple[str, ...],
 ) -> None:
     """Copy the disk images SRC, one behind the other, into the disk image DST."""
+    from blockemu.cli.failure import report
     from blockemu.img.convert import ConvertRequest, convert_images
     from blockemu.img.options import help_wanted, options_help
 
@@ -114,6 +133,8 @@ def convert(
         sources=sources,
         target=target,
         source_fmt=fmt,
+        snapshot=snapshot,
+        salvage=salvage,
         target_fmt=target_fmt,
         option_texts=options,
         backing_file=backing,
@@ -124,9 +145,16 @@ def convert(
         requests_max=requests_max,
         in_order=not out_of_order,
         compressed=compress,
+        bitmaps=bitmaps,
+        skip_broken_bitmaps=skip_broken_bitmaps,
         source_cache=source_cache,
         target_cache=target_cache,
         force_share=force_share,
     )
+
+    def warn(text: str) -> None:
+        if not quiet:
+            report(f"warning: {text}")
+
     with progress_bar(wanted=progress and not quiet) as show:
-        convert_images(request, progress=show)
+        convert_images(request, progress=show, warn=warn)

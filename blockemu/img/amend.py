@@ -12,6 +12,8 @@ from blockemu.drivers.errors import ImageError
 from blockemu.drivers.luks import LuksDriver
 from blockemu.drivers.qcow2.amend import AMENDABLE, Amendment
 from blockemu.drivers.qcow2.driver import Qcow2Driver
+from blockemu.drivers.qcow2.refcount_bits import change_refcount_bits
+from blockemu.img.check import file_edge
 from blockemu.img.options import FORMATS, KEY_SLOTS, help_lines, parse_options
 from blockemu.img.session import finish, open_image, run_session
 from blockemu.jobs.amend import AmendJob
@@ -71,6 +73,12 @@ async def _amend(
     fmt = fmt or await opener.probe(path)
     if fmt == "raw":
         raise ImageError(path, "format raw has nothing that can be amended")
+    bits = amendment.refcount_bits if amendment is not None else None
+    if (
+        amendment is not None and bits is not None and amendment.version == 2
+    ):  # which has one width only
+        await _check(opener, path, fmt, amendment)
+        await _change_refcount_bits(opener, path, bits)
     async with open_image(
         opener, path, fmt=fmt, writable=True, resizable=True, aio="threads"
     ) as image:
@@ -79,6 +87,8 @@ async def _amend(
         if amendment is not None:
             job = AmendJob("amend", image, amendment, on_progress=progress, main_ctx=opener.ctx)
             await finish(job)
+    if amendment is not None and bits is not None and amendment.version != 2:
+        await _change_refcount_bits(opener, path, bits)
 
 
 async def _amend_keys(opener: Opener, path: str, image: BlockBackend, keys: KeyAmendment) -> None:
@@ -98,3 +108,26 @@ async def _amend_keys(opener: Opener, path: str, image: BlockBackend, keys: KeyA
         path, image.node.children["file"], start=start, length=length, amendment=keys,
         key_secret=secret_id, opener=opener,
     )  # fmt: skip
+
+
+async def _check(opener: Opener, path: str, fmt: str, amendment: Amendment) -> None:
+    """Whether all of it could be done, the width of refcounts taken for granted."""
+    async with open_image(opener, path, fmt=fmt) as image:
+        driver = image.node.driver
+        assert isinstance(driver, Qcow2Driver)
+        assert amendment.refcount_bits is not None
+        order = amendment.refcount_bits.bit_length() - 1
+        amendment.check(path, replace(driver.image.header, refcount_order=order))
+
+
+async def _change_refcount_bits(opener: Opener, path: str, bits: int) -> None:
+    node = await opener.open({"driver": "file", "filename": path})
+    try:
+        edge = file_edge(node, writable=True)
+        node.add_parent(edge)
+        try:
+            await change_refcount_bits(path, edge, bits)
+        finally:
+            node.remove_parent(edge)
+    finally:
+        await node.close()

@@ -101,7 +101,7 @@ async def _read_check(
             raise ImageError(path, f"there is no image format '{fmt}'")
         if fmt != "qcow2":
             raise FormatHasNoCheck(f"{path}: images of format '{fmt}' have nothing to check")
-        edge = _edge(node, writable=repair is not None)
+        edge = file_edge(node, writable=repair is not None)
         node.add_parent(edge)
         try:
             return CheckReport(path, fmt, await check_image(path, edge, repair=repair, say=say))
@@ -111,7 +111,7 @@ async def _read_check(
         await node.close()
 
 
-def _edge(node: BlockDriverState, *, writable: bool) -> BdrvChild:
+def file_edge(node: BlockDriverState, *, writable: bool) -> BdrvChild:
     """Our hold on the file: nobody else writes meanwhile, and nobody reads what we repair."""
     perm = Permission.CONSISTENT_READ
     if writable:

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 from blockemu.drivers.chain_status import backing_node
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.sector import SECTOR_BYTES, sectors_up
+from blockemu.img.copy_bitmaps import bitmaps_to_copy, copy_bitmaps
 from blockemu.img.create import CreateRequest, run_create
 from blockemu.img.session import finish, open_image, run_session
 from blockemu.jobs.convert import ConvertJob, ConvertPlan
+from blockemu.loop.host_file import PosixFiles
 
 if TYPE_CHECKING:
     from blockemu.drivers.backend import BlockBackend
@@ -35,6 +37,7 @@ Progress = Callable[[int, int], None]
 class ConvertRequest:
     """What the user asked for; defaults are qemu-img's.
 
+    `snapshot`: the source as it was then. `salvage`: what can't be read becomes zeroes.
     `existing`: the target is there and isn't made. `target_cache`: what is written is on stable
     storage at the end, unless it is "unsafe".
     """
@@ -42,6 +45,8 @@ class ConvertRequest:
     sources: Sequence[str]
     target: str
     source_fmt: str | None = None
+    snapshot: str | None = None
+    salvage: bool = False
     target_fmt: str = "raw"
     option_texts: Sequence[str] = ()
     backing_file: str | None = None
@@ -52,6 +57,8 @@ class ConvertRequest:
     requests_max: int = 8
     in_order: bool = True
     compressed: bool = False
+    bitmaps: bool = False
+    skip_broken_bitmaps: bool = False
     source_cache: str = "writeback"
     target_cache: str = "unsafe"
     force_share: bool = False
@@ -63,45 +70,65 @@ class ConvertRequest:
             raise ImageError(
                 "-S", f"takes a multiple of {SECTOR_BYTES} up to {SPARSE_BYTES_MAX}, not {sparse}"
             )
+        if self.snapshot is not None and len(self.sources) > 1:
+            raise ImageError("-l", "takes a single source")
         if self.target_is_zero and not self.existing:
             raise ImageError(self.target, "is new: --target-is-zero goes with -n only")
         if self.existing and self.option_texts:
             raise ImageError(self.target, "is not made anew (-n), so it takes no options (-o)")
+        if self.skip_broken_bitmaps and not self.bitmaps:
+            raise ImageError(self.target, "Use of --skip-broken-bitmaps requires --bitmaps")
+        if self.bitmaps and len(self.sources) != 1:
+            raise ImageError(self.target, "Copying bitmaps only possible with single source")
 
 
-def convert_images(request: ConvertRequest, *, progress: Progress) -> None:
-    """Carry the request out.
+def convert_images(
+    request: ConvertRequest, *, progress: Progress, warn: Callable[[str], None] = lambda text: None
+) -> None:
+    """Carry the request out; `warn` is told what can't be read, if that is to be salvaged.
 
     Context: the main thread, in which no loop runs.
     Raises: ImageError; KeyboardInterrupt.
     """
     request.check()
-    run_session(lambda opener: _convert(opener, request, progress))
+    run_session(
+        lambda opener: _convert(opener, request, progress, warn), files=PosixFiles(bulk=True)
+    )
 
 
-async def _convert(opener: Opener, request: ConvertRequest, progress: Progress) -> None:
+async def _convert(
+    opener: Opener, request: ConvertRequest, progress: Progress, warn: Callable[[str], None]
+) -> None:
     async with AsyncExitStack() as stack:
         sources = [
             await stack.enter_async_context(
                 open_image(
                     opener, path, fmt=request.source_fmt, cache=request.source_cache,
-                    force_share=request.force_share,
+                    force_share=request.force_share, snapshot=request.snapshot,
                 )
             )
             for path in request.sources
         ]  # fmt: skip
-        await convert_opened(opener, request, sources, progress)
+        await convert_opened(opener, request, sources, progress, warn)
 
 
 async def convert_opened(
-    opener: Opener, request: ConvertRequest, sources: Sequence[BlockBackend], progress: Progress
+    opener: Opener,
+    request: ConvertRequest,
+    sources: Sequence[BlockBackend],
+    progress: Progress,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> None:
     """What is left when the sources are open: make the target, and copy.
 
     Context: the opener's. Suspends: while the jobs run. Raises: ImageError.
     """
+    bitmaps = None
+    if request.bitmaps:
+        skip_broken = request.skip_broken_bitmaps
+        bitmaps = await bitmaps_to_copy(sources[0].node, skip_broken=skip_broken)
     if request.existing:
-        await _copy(opener, request, sources, progress)
+        await _copy(opener, request, sources, bitmaps, progress, warn)
         return
     if request.compressed and any("encrypt" in text for text in request.option_texts):
         raise ImageError(request.target, "compression (-c) and encryption don't go together")
@@ -111,14 +138,14 @@ async def convert_opened(
         option_texts=request.option_texts,
         backing_file=request.backing_file, backing_fmt=request.backing_fmt,
     )  # fmt: skip
-    existed = os.path.lexists(request.target)
+    made = [path for path in _files_of(to_create, opener) if not os.path.lexists(path)]
     try:
         await run_create(to_create, opener, cache=request.target_cache)
         _keep_secret(opener, to_create)
-        await _copy(opener, request, sources, progress)
+        await _copy(opener, request, sources, bitmaps, progress, warn)
     except BaseException:
-        if not existed:
-            _remove(request.target)
+        for path in made:
+            _remove(path)
         raise
 
 
@@ -132,7 +159,12 @@ def _keep_secret(opener: Opener, created: CreateRequest) -> None:
 
 
 async def _copy(
-    opener: Opener, request: ConvertRequest, sources: Sequence[BlockBackend], progress: Progress
+    opener: Opener,
+    request: ConvertRequest,
+    sources: Sequence[BlockBackend],
+    bitmaps: Sequence[str] | None,
+    progress: Progress,
+    warn: Callable[[str], None],
 ) -> None:
     async with open_image(
         opener, request.target, fmt=request.target_fmt, writable=True, cache=request.target_cache
@@ -154,8 +186,11 @@ async def _copy(
             requests_max=request.requests_max,
             in_order=request.in_order,
             compressed=request.compressed,
+            on_unreadable=warn if request.salvage else None,
         )
         await finish(ConvertJob("convert", plan, main_ctx=opener.ctx, on_progress=progress))
+        if bitmaps is not None:
+            await copy_bitmaps(sources[0].node, target.node, bitmaps)
 
 
 def _check_compressible(target: BlockBackend, sources: Sequence[BlockBackend]) -> None:
@@ -164,6 +199,8 @@ def _check_compressible(target: BlockBackend, sources: Sequence[BlockBackend]) -
     if driver.info().get("encrypted"):
         raise ImageError(target.name, "compression (-c) and encryption don't go together")
     if not driver.supports_compressed_writes:
+        if type(driver).supports_compressed_writes:
+            raise ImageError(target.name, "clusters of an external data file can't be compressed")
         raise ImageError(target.name, f"format {driver.name} has no compression (-c)")
     for source in sources[:-1]:
         if sectors_up(source.length_bytes) % driver.cluster_size:
@@ -181,6 +218,15 @@ def _new_image_is_blank(target: BlockBackend) -> bool:
         for node in target.node.subtree()
         if node.driver.is_protocol
     )
+
+
+def _files_of(request: CreateRequest, opener: Opener) -> list[str]:
+    """The files that a new image consists of. Raises: ImageError."""
+    data_file = request.options.get("data_file")
+    if data_file is None:
+        return [request.path]
+    path = opener.resolve_backing(request.path, str(data_file), what="data file")
+    return [request.path, path]
 
 
 def _remove(path: str) -> None:

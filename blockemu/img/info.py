@@ -28,11 +28,11 @@ _SPECIFIC_ORDER = (
     "compat",
     "compression-type",
     "lazy-refcounts",
+    "bitmaps",
     "refcount-bits",
     "encrypt",
     "data-file",
     "data-file-raw",
-    "bitmaps",
     "corrupt",
     "extended-l2",
 )
@@ -71,6 +71,8 @@ async def open_layer(
         if fmt is None:
             fmt = await guess_format(opener, file)
         known = {} if fmt == "raw" else {"backing": None}
+        if fmt == "qcow2" and read_only:
+            known["data-file"] = None
         if fmt in ("file", "host_device") or opener.drivers.find(fmt) is None:
             raise ImageError(path, f"there is no image format '{fmt}'")
         return await opener.open({"driver": fmt, "file": file.node_name, **known, **shared})
@@ -178,8 +180,12 @@ def _specific_lines(values: Facts, *, indent: int) -> list[str]:
         elif isinstance(value, list):
             lines.append(f"{name}:")
             for index, item in enumerate(value):
-                lines.append("    " * (indent + 1) + f"[{index}]:")
-                lines += _specific_lines(item, indent=indent + 2)
+                mark = "    " * (indent + 1) + f"[{index}]:"
+                if isinstance(item, dict):
+                    lines.append(mark)
+                    lines += _specific_lines(item, indent=indent + 2)
+                else:
+                    lines.append(f"{mark} {item}")
         else:
             shown = str(value).lower() if isinstance(value, bool) else value
             lines.append(f"{name}: {shown}")

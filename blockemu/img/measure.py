@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from blockemu.drivers.chain_status import chain_status
 from blockemu.drivers.crypto.create_options import take_new_volume
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.qcow2.bitmap_directory import space_bytes
 from blockemu.drivers.qcow2.create import allocated_bytes
 from blockemu.drivers.qcow2.create_options import CreateOptions
 from blockemu.drivers.qcow2.layout import round_up
@@ -111,13 +112,15 @@ async def _measure_copy(
         data_bytes = round_up(size_bytes, cluster)  # nobody knows how much of it both share
     else:
         data_bytes = await _clusters_with_data(source, cluster) * cluster
-    has_bitmaps = parsed.layout.version >= 3 and _can_have_bitmaps(source)
-    return _qcow2_measure(parsed, data_bytes, bitmaps_bytes=0 if has_bitmaps else None)
-
-
-def _can_have_bitmaps(source: BlockBackend) -> bool:
-    specific = source.node.driver.info().get("format-specific", {})
-    return bool(specific.get("data", {}).get("compat") == "1.1")
+    bitmaps_bytes = None
+    if parsed.layout.version >= 3 and source.node.driver.supports_bitmaps:
+        facts = source.node.driver.info()["format-specific"]["data"].get("bitmaps", [])
+        bitmaps_bytes = space_bytes(
+            source.length_bytes,
+            cluster_size=cluster,
+            bitmaps=[(fact["name"], fact["granularity"]) for fact in facts],
+        )
+    return _qcow2_measure(parsed, data_bytes, bitmaps_bytes=bitmaps_bytes)
 
 
 async def _clusters_with_data(source: BlockBackend, cluster: int) -> int:

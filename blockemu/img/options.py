@@ -62,6 +62,8 @@ QCOW2 = (
     OptionSpec("compat", str, "Compatibility level (v2 [0.10] or v3 [1.1])"),
     OptionSpec("backing_file", str, "File name of a base image"),
     OptionSpec("backing_fmt", str, "Image format of the base image"),
+    OptionSpec("data_file", str, "File name of an external data file"),
+    OptionSpec("data_file_raw", bool, "The external data file must stay valid as a raw image"),
     OptionSpec("lazy_refcounts", bool, "Postpone refcount updates", False),
     OptionSpec("refcount_bits", int, "Width of a reference count entry in bits", 16),
 )

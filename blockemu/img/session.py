@@ -75,15 +75,18 @@ async def open_image(
     cache: str = "writeback",
     aio: str = "native",
     force_share: bool = False,
+    snapshot: str | None = None,
 ) -> AsyncIterator[BlockBackend]:
     """The image at `path`, open inside the block; flushed and closed at its end.
 
-    `fmt` None means: find it out, and refuse an image that names other files.
+    `fmt` None means: find it out, and refuse an image that names other files. `snapshot`: as it
+    was at that internal snapshot (an id, or else a name), to read.
     Raises: ImageError; of the block, an OSError becomes an ImageError that names the image.
     """
     node = await _open_node(
-        opener, path, fmt=fmt, writable=writable, cache=cache, aio=aio, force_share=force_share
-    )
+        opener, path, fmt=fmt, writable=writable, cache=cache, aio=aio, force_share=force_share,
+        snapshot=snapshot,
+    )  # fmt: skip
     async with _held(path, node, writable=writable, resizable=resizable) as backend:
         yield backend
 
@@ -129,6 +132,7 @@ async def _open_node(
     cache: str,
     aio: str,
     force_share: bool,
+    snapshot: str | None = None,
 ) -> BlockDriverState:
     if fmt is None:
         fmt = await opener.probe(path)
@@ -137,6 +141,10 @@ async def _open_node(
     options = opener.image_options(
         path, fmt, file_options={"aio": aio, "cache": CACHE_MODES[cache]}
     )
+    if snapshot is not None:
+        if fmt == "raw":
+            raise ImageError(path, "format raw has no internal snapshots")
+        options["snapshot"] = snapshot
     return await opener.open({**options, "read-only": not writable, "force-share": force_share})
 
 

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from socket import SHUT_WR
 from typing import TYPE_CHECKING
 
+from blockemu.nbd.protocol import NbdError
 from blockemu.nbd.socket_options import may_lose_data
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from blockemu.limits import Limits
     from blockemu.loop.buffers import BufferPool
     from blockemu.loop.timer import Timer
-    from blockemu.nbd.protocol import NbdError
     from blockemu.nbd.request import Request
 
 log = logging.getLogger(__name__)
@@ -216,6 +216,10 @@ class BaseConnection(ABC):
     @abstractmethod
     def finish_request(self, request: Request, error: NbdError) -> None:
         """The request is over: queue its reply, and let go of what it held."""
+
+    def finish_plain(self, request: Request) -> None:
+        """The same for a READ or WRITE by the direct map that went well."""
+        self.finish_request(request, NbdError.NBD_SUCCESS)
 
     @abstractmethod
     def _begin_to_serve(self) -> None:

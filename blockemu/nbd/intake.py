@@ -148,7 +148,7 @@ class Intake:
                     if 0 < length <= length_max and (host := lookup_read(offset, length)) >= 0:
                         buffer = take(length)
                         payload = buffer.view[:length]
-                        result = start_read(host, payload, spare_done)
+                        result = start_read(host, payload, spare_done, buffer.address)
                         if result == length:
                             position += HEADER_BYTES
                             budget -= length + request_cost
@@ -179,12 +179,13 @@ class Intake:
                     after = payload_at + length
                     if payload_at < after <= end and (host := lookup_write(offset, length)) >= 0:
                         payload = view[payload_at:after]
-                        if not in_place:
+                        if in_place:
+                            result = start_write(host, payload, spare_done)
+                        else:
                             buffer = take(length)
                             target = buffer.view[:length]
                             target[:] = payload
-                            payload = target
-                        result = start_write(host, payload, spare_done)
+                            result = start_write(host, target, spare_done, buffer.address)
                         if result is None:
                             assert not in_place, "writes_inline was promised"
                             position = after
@@ -234,9 +235,10 @@ class Intake:
         request.started_ns = self._started_ns
         request.buffer = buffer
         request.map, request.pin = direct_map, direct_map.pin()
-        self._connection.admit_data(request.length)
-        done_with = self._connection.done_with
-        self._spare = spare = done_with.pop() if done_with else Request(self._connection)
+        connection = self._connection
+        connection.admit_data(request.length)
+        done_with = connection.done_with
+        self._spare = spare = done_with.pop() if done_with else Request(connection)
         return spare.done
 
     def _begin(self, word: int, cookie: bytes, offset: int, length: int) -> bool:

@@ -131,7 +131,7 @@ class Request:
         self.map.unpin(self.pin)
         self.map = self.pin = None
         if result == self.length:
-            self.connection.finish_request(self, NbdError.NBD_SUCCESS)
+            self.connection.finish_plain(self)
             self.connection.done_with.append(self)
         else:
             self.connection.ctx.spawn(self.serve())

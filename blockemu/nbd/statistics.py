@@ -41,6 +41,14 @@ class Counters:
         self.latency_ns = 0
         self.latency = [0] * LATENCY_BUCKETS
 
+    def count_one(self, data_bytes: int, took_ns: int) -> None:
+        """A request ended well."""
+        self.requests += 1
+        self.bytes += data_bytes
+        self.latency_ns += took_ns
+        bucket = took_ns.bit_length()
+        self.latency[bucket if bucket < LATENCY_BUCKETS else -1] += 1
+
     def count_batch(self, requests: int, data_bytes: int, took_ns: int) -> None:
         """So many requests ended well, which moved so much in sum and took so long in sum."""
         self.requests += requests

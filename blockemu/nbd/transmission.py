@@ -55,7 +55,9 @@ class Connection(BaseConnection):
         "_flush_deferred",
         "_in_flight",
         "_in_flight_bytes",
+        "_now_ns",
         "_paused",
+        "_statistics",
         "intake",
         "replies",
     )
@@ -64,6 +66,7 @@ class Connection(BaseConnection):
     replies: ReplyQueue
     intake: Intake
     _continue_bh: BH
+    _now_ns: Callable[[], int]
 
     def __init__(
         self,
@@ -82,10 +85,12 @@ class Connection(BaseConnection):
         # Requests have arrived that wait for a bound to fall, their turn, or a drained section.
         self._paused = False
         self._flush_deferred = False
+        self._statistics = export.statistics
 
     # --- its part of the life cycle ---
 
     def _begin_to_serve(self) -> None:
+        self._now_ns = self.ctx.clock_reader()
         self.replies = ReplyQueue(self._sock, self.pool)
         self.intake = Intake(self, self._sock)
         self._continue_bh = self.ctx.new_bh(self.go_on, name="nbd-continue")
@@ -232,6 +237,29 @@ class Connection(BaseConnection):
         buffer, request.buffer = request.buffer, None
         if buffer is not None:
             self.pool.give(buffer)
+
+    def finish_plain(self, request: Request) -> None:
+        """What finish_request comes to for a READ or WRITE that went well, a third shorter."""
+        buffer = request.buffer
+        if self._state is State.CLOSED or buffer is None:
+            self.finish_request(request, NbdError.NBD_SUCCESS)
+            return
+        length, replies = request.length, self.replies
+        self._in_flight -= 1
+        self._in_flight_bytes -= length
+        took_ns = self._now_ns() - request.started_ns
+        request.buffer = None
+        if request.command == READ:
+            self._statistics.reads.count_one(length, took_ns)
+            replies.add_data(SIMPLE_REPLY_OK + request.cookie, buffer, length)
+        else:
+            self._statistics.writes.count_one(length, took_ns)
+            replies.add(SIMPLE_REPLY_OK + request.cookie)
+            self.pool.give(buffer)
+        if not self._flush_deferred or len(replies.parts) >= EARLY_REPLY_PARTS:
+            self.send_later()
+        if self._paused:
+            self.resume()
 
     def finish_request(self, request: Request, error: NbdError) -> None:
         """The request is over: queue its reply, and let go of what it held."""

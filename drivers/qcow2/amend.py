@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.options import take_bool, take_choice, take_size, take_str
+from blockemu.drivers.qcow2.bitmap_directory import AUTOCLEAR_BITMAPS
 from blockemu.drivers.qcow2.cluster_map import Kind
-from blockemu.drivers.qcow2.features import LAZY_REFCOUNTS, feature_names, name_table
+from blockemu.drivers.qcow2.features import LAZY_REFCOUNTS, RAW_DATA, feature_names, name_table
 from blockemu.drivers.qcow2.header import (
     EXTENSION_BITMAPS,
     EXTENSION_FEATURE_NAMES,
@@ -31,31 +32,46 @@ from blockemu.drivers.qcow2.header import (
     Extension,
     Header,
 )
-from blockemu.drivers.qcow2.header_rewrite import with_backing
+from blockemu.drivers.qcow2.header_rewrite import with_backing, with_data_file
 from blockemu.drivers.qcow2.layout import SECTOR, div_up, round_up
 
 if TYPE_CHECKING:
     from blockemu.drivers.qcow2.image import Image
 
-AMENDABLE: Final = ("backing_file", "backing_fmt", "compat", "lazy_refcounts", "size")
+AMENDABLE: Final = (
+    "backing_file",
+    "backing_fmt",
+    "compat",
+    "data_file",
+    "data_file_raw",
+    "lazy_refcounts",
+    "refcount_bits",
+    "size",
+)
 """Creation options that an image can be given later."""
 
 ZEROES_AT_ONCE: Final = 1024 * 1024
 """Bytes of zeroes written at once: bounds the buffer."""
 
+REFCOUNT_BITS: Final = (1, 2, 4, 8, 16, 32, 64)
 _V2_REFCOUNT_ORDER: Final = 4
 _VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Amendment:
-    """What is to change; None: stays. `backing_file` "" is none."""
+    """What is to change; None: stays. `backing_file` "" is none, and so is `data_file` "": whoever
+    opens the image then has to name it. `refcount_bits` isn't the header's alone: refcount_bits.py
+    sees to it."""
 
     version: int | None = None
     lazy_refcounts: bool | None = None
+    refcount_bits: int | None = None
     size_bytes: int | None = None
     backing_file: str | None = None
     backing_fmt: str | None = None
+    data_file: str | None = None
+    data_file_raw: bool | None = None
 
     @classmethod
     def parse(cls, name: str, options: Mapping[str, Any]) -> Amendment:
@@ -70,6 +86,11 @@ class Amendment:
         lazy = None
         if "lazy_refcounts" in given:
             lazy = take_bool(name, given, "lazy_refcounts", default=False)
+        bits = take_size(name, given, "refcount_bits", None)
+        if bits is not None and bits not in REFCOUNT_BITS:
+            raise ImageError(
+                name, f"refcount_bits is a power of two up to {max(REFCOUNT_BITS)}, not {bits}"
+            )
         size_bytes = take_size(name, given, "size", None)
         if size_bytes is not None:
             size_bytes = round_up(size_bytes, SECTOR)
@@ -78,9 +99,16 @@ class Amendment:
         return cls(
             version=version,
             lazy_refcounts=lazy,
+            refcount_bits=bits,
             size_bytes=size_bytes,
             backing_file=take_str(name, given, "backing_file", None),
             backing_fmt=take_str(name, given, "backing_fmt", None),
+            data_file=take_str(name, given, "data_file", None),
+            data_file_raw=(
+                take_bool(name, given, "data_file_raw", default=False)
+                if "data_file_raw" in given
+                else None
+            ),
         )
 
     def check(self, name: str, header: Header) -> None:
@@ -88,6 +116,9 @@ class Amendment:
         version = self.version or header.version
         if version == 2 and self.lazy_refcounts:
             raise ImageError(name, "lazy_refcounts=on takes version 3 (compat=1.1)")
+        if version == 2 and self.refcount_bits not in (None, 1 << _V2_REFCOUNT_ORDER):
+            bits = self.refcount_bits
+            raise ImageError(name, f"refcounts of {bits} bits take version 3 (compat=1.1)")
         if version == 2 and header.version == 3:
             _check_downgrade(name, header)
         if self.size_bytes is not None and self.size_bytes < header.size:
@@ -96,6 +127,10 @@ class Amendment:
             raise ImageError(name, "the backing file's format must be given (backing_fmt=)")
         if self.backing_fmt and not self.backing_in(header):
             raise ImageError(name, "a backing format without a backing file")
+        if self.data_file is not None and not header.has_data_file:
+            raise ImageError(name, "has no external data file, so data_file can't be changed")
+        if self.data_file_raw and not header.data_file_is_raw:
+            raise ImageError(name, "data_file_raw=on is for new images only")
         self.apply(name, copy.copy(header)).serialise(name)  # raises, if it never fits
 
     def backing_in(self, header: Header) -> str | None:
@@ -118,6 +153,10 @@ class Amendment:
         if self.lazy_refcounts is not None and new.version == 3:
             new.compatible_features &= ~LAZY_REFCOUNTS
             new.compatible_features |= LAZY_REFCOUNTS if self.lazy_refcounts else 0
+        if self.data_file is not None:
+            new = with_data_file(new, self.data_file)
+        if self.data_file_raw is False:
+            new.autoclear_features &= ~RAW_DATA
         return new
 
 
@@ -128,7 +167,7 @@ def _check_downgrade(name: str, header: Header) -> None:
     elif header.incompatible_features:
         table = header.extension(EXTENSION_FEATURE_NAMES) or b""
         lacks = ", ".join(feature_names(header.incompatible_features, table))
-    elif header.extension(EXTENSION_BITMAPS) is not None:
+    elif header.autoclear_features & AUTOCLEAR_BITMAPS:
         lacks = "bitmaps"
     if lacks is not None:
         raise ImageError(name, f"can't become version 2 (compat=0.10), which has no {lacks}")
@@ -143,7 +182,9 @@ def _to_version_2(header: Header) -> None:
     header.header_length, header.additional = V2_LENGTH, b""
     header.compatible_features = header.autoclear_features = 0
     header.extensions = [
-        found for found in header.extensions if found.kind != EXTENSION_FEATURE_NAMES
+        found
+        for found in header.extensions
+        if found.kind not in (EXTENSION_FEATURE_NAMES, EXTENSION_BITMAPS)
     ]
 
 

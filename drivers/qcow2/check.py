@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.qcow2.copied_flags import CopiedFlags
+from blockemu.drivers.qcow2.data_file_walk import DataFileWalk
 from blockemu.drivers.qcow2.disk_refcounts import DiskRefcounts
 from blockemu.drivers.qcow2.findings import CheckResult, Findings, Say
 from blockemu.drivers.qcow2.header import Header, check_tables
@@ -45,7 +46,8 @@ class Examination:
         self.header = header
         self.file = file
         self.findings = Findings(say)
-        self.walk = MetadataWalk(name, header, file, self.findings, Allowance(name))
+        walk_class = DataFileWalk if header.has_data_file else MetadataWalk
+        self.walk = walk_class(name, header, file, self.findings, Allowance(name))
         self.disk: DiskRefcounts
         self.result = CheckResult()
         self._used_end = 0

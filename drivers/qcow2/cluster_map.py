@@ -26,13 +26,17 @@ from blockemu.drivers.qcow2.layout import (
     ZERO,
     Layout,
 )
+from blockemu.drivers.qcow2.metadata_places import Structure
 from blockemu.drivers.qcow2.metadata_writer import MetadataWriter, Reference
 from blockemu.drivers.qcow2.root_table import ENTRY_BYTES, RootTable
 from blockemu.drivers.qcow2.table_cache import Slice, TableCache
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from blockemu.drivers.qcow2.damage import DamageLog
     from blockemu.drivers.qcow2.image_file import ImageFile
+    from blockemu.drivers.qcow2.overlap_check import OverlapCheck
     from blockemu.drivers.qcow2.refcount import Refcounts
 
 COPY_BYTES = 1024 * 1024
@@ -52,7 +56,8 @@ class Kind(enum.Enum):
 class Extent(NamedTuple):
     """`length` guest bytes of one kind.
 
-    `host`: where the first byte lies (DATA, ZERO_ALLOCATED); the descriptor (COMPRESSED).
+    `host`: where the first byte lies (DATA, ZERO_ALLOCATED), or would lie (UNALLOCATED in a cluster
+    whose other subclusters do, else 0); the descriptor (COMPRESSED).
     `writable`: our image alone uses these host clusters.
     """
 
@@ -83,9 +88,11 @@ class ClusterMap:
         l2: TableCache,
         refcounts: Refcounts,
         writer: MetadataWriter,
+        overlaps: OverlapCheck,
         damage: DamageLog,
     ) -> None:
         self.l1 = l1
+        self._overlaps = overlaps
         self._layout = layout
         self._file = file
         self._l2 = l2
@@ -94,8 +101,9 @@ class ClusterMap:
         self._damage = damage
         self._bits = layout.cluster_bits
         self._mask = layout.cluster_size - 1
+        self._l2_bits = layout.l2_bits
         self._table_mask = (1 << layout.l2_bits) - 1
-        self.slice_entries = l2.slice_bytes // ENTRY_BYTES
+        self.slice_entries = l2.slice_bytes // layout.l2_entry_bytes
 
     # --- looking ---
 
@@ -105,7 +113,7 @@ class ClusterMap:
         Suspends: for L2 slices that aren't in memory. Raises: OSError (EIO for a damaged entry).
         """
         cluster = offset >> self._bits
-        l1_index = cluster >> self._layout.l2_bits
+        l1_index = cluster >> self._l2_bits
         if not self.l1.words[l1_index]:
             return Extent(Kind.UNALLOCATED, self._absent_length(l1_index, offset, length))
         start = self._slice_offset(cluster)
@@ -119,7 +127,7 @@ class ClusterMap:
     def peek(self, offset: int, length: int) -> Extent | None:
         """As `resolve` where that needs no I/O, else None. Suspends: never."""
         cluster = offset >> self._bits
-        l1_index = cluster >> self._layout.l2_bits
+        l1_index = cluster >> self._l2_bits
         if not self.l1.words[l1_index]:
             return Extent(Kind.UNALLOCATED, self._absent_length(l1_index, offset, length))
         start = self._slice_offset(cluster)
@@ -134,14 +142,14 @@ class ClusterMap:
         return await self._l2.load(self._slice_offset(cluster))
 
     def has_table(self, cluster: int) -> bool:
-        return bool(self.l1.words[cluster >> self._layout.l2_bits])
+        return bool(self.l1.words[cluster >> self._l2_bits])
 
     def table_end(self, cluster: int) -> int:
         """The first guest cluster that the next L2 table maps."""
         return (cluster | self._table_mask) + 1
 
     def _absent_length(self, l1_index: int, offset: int, length: int) -> int:
-        words, shift = self.l1.words, self._bits + self._layout.l2_bits
+        words, shift = self.l1.words, self._bits + self._l2_bits
         end = offset + length
         l1_index += 1
         while l1_index << shift < end and not words[l1_index]:
@@ -149,7 +157,7 @@ class ClusterMap:
         return min(end, l1_index << shift) - offset
 
     def _slice_offset(self, cluster: int) -> int:
-        entry = self.l1.words[cluster >> self._layout.l2_bits]
+        entry = self.l1.words[cluster >> self._l2_bits]
         table = entry & OFFSET_MASK
         if (
             entry & L1_RESERVED
@@ -157,7 +165,7 @@ class ClusterMap:
             or table & self._mask
             or (table + self._mask >= self._file.length)
         ):
-            index = cluster >> self._layout.l2_bits
+            index = cluster >> self._l2_bits
             raise self._damage.report(
                 f"L1 entry {index} at offset {self.l1.offset + index * ENTRY_BYTES} is {entry:#x},"
                 " which names no L2 table inside the file"
@@ -210,6 +218,10 @@ class ClusterMap:
             " which is no valid cluster of this file"
         )
 
+    def entries(self, found: Slice, index: int, count: int) -> Sequence[int]:
+        """Entries of a slice as numbers, for `set_entry` to take. Suspends: never."""
+        return found.words[index : index + count]
+
     # --- changing ---
 
     async def make_writable(self, cluster: int) -> None:
@@ -217,16 +229,22 @@ class ClusterMap:
 
         Suspends: while tables are read, created or copied. Raises: OSError; nothing has changed.
         """
-        l1_index = cluster >> self._layout.l2_bits
+        l1_index = cluster >> self._l2_bits
         entry = self.l1.words[l1_index]
         self._writer.check_running()
         if entry & COPIED:
+            table = (entry & OFFSET_MASK) >> self._bits
+            await self._overlaps.refuse_table(Structure.ACTIVE_L2, table)
             return
         if entry:
             self._slice_offset(cluster)  # raises for a damaged entry
+        place = (self.l1.offset + l1_index * ENTRY_BYTES) >> self._bits
+        await self._overlaps.refuse_table(Structure.ACTIVE_L1, place)
         taken = await self._refcounts.allocate(1)
         host = taken.first << self._bits
         try:
+            if not taken.is_fresh:
+                await self._overlaps.take_place(taken.first)
             if entry:
                 await self._copy_table(entry & OFFSET_MASK, host)
             elif not taken.reads_zero:
@@ -235,6 +253,7 @@ class ClusterMap:
             await self._refcounts.release(Reference(taken.first, 1))
             raise
         self.l1.put(l1_index, host | COPIED)
+        self._overlaps.places.add(Structure.ACTIVE_L2, taken.first)
         if entry:
             old = (entry & OFFSET_MASK) >> self._bits
             self._writer.let_go(Reference(old, 1, is_table=True))

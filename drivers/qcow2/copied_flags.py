@@ -4,8 +4,8 @@
 A flag that is set too much lets a write change a snapshot's data in place; one that is missing
 costs a copy. Snapshots' own tables needn't have them right (specification: L1 table entry), so only
 the active ones are looked at. The same walk sets them right (`fix`), and takes the flag off
-compressed clusters, which may not have it at all. A table that lies over something else isn't
-written.
+compressed clusters, which may not have it at all. Clusters of an external data file aren't counted,
+and must have it. A table that lies over something else isn't written.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.qcow2.entry_runs import CHUNK_ENTRIES, EntryReader, runs_of, write_entries
+from blockemu.drivers.qcow2.l2_table import read_l2, write_l2
 from blockemu.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
 from blockemu.drivers.qcow2.root_table import ENTRY_BYTES
 
@@ -81,48 +82,58 @@ class CopiedFlags:
             changed: list[int] = []
             for index, entry in enumerate(words or ()):
                 if entry & OFFSET_MASK:
-                    run_changed = await self._run("L1 entry", offset, index, 1, entry, 1)
-                    changed += run_changed
+                    place = offset + index * ENTRY_BYTES
+                    if await self._run("L1 entry", range(place, place + 1), entry, 1):
+                        changed.append(index)
             if words is not None and changed and self._walk.is_only_l1():
                 await self._flip(offset, words, changed)
 
     async def _l2(self, offset: int, weight: int, *, fix: bool) -> None:
-        words = await self._read(offset, (1 << self._bits) // ENTRY_BYTES)
-        if words is None:
+        try:
+            table = await read_l2(self._reader, self._header.layout, offset)
+        except OSError:
+            return  # as above
+        if table is None:
             return
         changed: list[int] = []
-        for run in runs_of(words, 1 << self._bits):
+        for run in runs_of(table.words, 1 << self._bits):
             if run.value & COMPRESSED:
                 if run.value & COPIED:
                     changed.append(run.at)
             elif run.value & OFFSET_MASK:
-                changed += await self._run(
-                    "L2 entry", offset, run.at, max(run.entries, 1), run.value, weight
-                )
-        if changed and fix:
-            await self._flip(offset, words, changed)
+                end = run.at + max(run.entries, 1)
+                places = range(table.place(run.at), table.place(end), table.place(1) - offset)
+                wrong = await self._run(
+                    "L2 entry", places, run.value, weight,
+                    counted=not self._header.has_data_file,
+                )  # fmt: skip
+                changed += [run.at + step for step in wrong]
+        if changed and fix and self._fix:
+            for index in changed:
+                table.words[index] ^= COPIED
+            await write_l2(self._file, table, changed)
 
     async def _run(
-        self, kind: str, table: int, index: int, entries: int, value: int, weight: int
+        self, kind: str, places: range, value: int, weight: int, *, counted: bool = True
     ) -> list[int]:
-        """The entries of a run whose flag is wrong."""
-        first = (value & OFFSET_MASK) >> self._bits
-        counts = await self._counts(first, entries)
+        """Which entries of a run, counted from its start, have a flag that is wrong. `places`:
+        where they lie; `value`: the first one. Not `counted`: each target has one name."""
+        first, entries = (value & OFFSET_MASK) >> self._bits, len(places)
+        counts = await self._counts(first, entries) if counted else b"\1" * entries
         if counts is None:
             return []
         copied = bool(value & COPIED)
         if (counts.count(1) == entries) if copied else not counts.count(1):
             return []
-        wrong = [place for place, count in enumerate(counts) if (count == 1) is not copied]
+        wrong = [step for step, count in enumerate(counts) if (count == 1) is not copied]
         state = "set" if copied else "not set"
-        for place in wrong:
-            count = counts[place]
+        for step in wrong:
             self._findings.corruption(
-                f"{kind} at {table + (index + place) * ENTRY_BYTES:#x} has COPIED {state}, "
-                f"the refcount of its host cluster {first + place} is {count}",
+                f"{kind} at {places[step]:#x} has COPIED {state}, "
+                f"the refcount of its host cluster {first + step} is {counts[step]}",
                 weight,
             )
-        return [index + place for place in wrong]
+        return wrong
 
     async def _flip(self, offset: int, words: array[int], changed: list[int]) -> None:
         if self._fix:

@@ -6,9 +6,14 @@ Layout of what is made, each part contiguous, in clusters:
     header | refcount table | refcount blocks | LUKS header | L1 table | L2 tables | data
 
 The LUKS header exists in encrypted images only. The last two exist with preallocation only; data
-then is a hole (metadata), allocated by the host (falloc) or written (full); in an encrypted image,
-where a hole isn't zeroes to the guest, its clusters are marked as zeroes. Everything counts 1. The
-header comes last, so that a creation that was cut short leaves no image.
+then is a hole (metadata), allocated by the host (falloc) or written (full). With an external data
+file, the data part is that file; if it is raw, the L2 tables exist without preallocation, too. In
+an encrypted image, where a hole isn't zeroes to the guest, preallocated clusters are marked as
+zeroes. Everything counts 1. The header comes last, so that a creation that was cut short leaves no
+image.
+
+With extended L2 entries, preallocated clusters have their host cluster and no subcluster in it yet,
+as QEMU makes them: so a backing file shows through, and a device's old bytes don't.
 """
 
 from __future__ import annotations
@@ -19,10 +24,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from blockemu.drivers.driver import RequestFlags
 from blockemu.drivers.errors import ImageError
-from blockemu.drivers.qcow2.features import COMPRESSION, LAZY_REFCOUNTS, name_table
+from blockemu.drivers.qcow2.features import (
+    COMPRESSION,
+    DATA_FILE,
+    EXTENDED_L2,
+    LAZY_REFCOUNTS,
+    RAW_DATA,
+    name_table,
+)
 from blockemu.drivers.qcow2.header import (
     CRYPT_LUKS,
     EXTENSION_BACKING_FORMAT,
+    EXTENSION_DATA_FILE,
     EXTENSION_FEATURE_NAMES,
     V3_LENGTH,
     V3_LENGTH_MIN,
@@ -60,19 +73,28 @@ class _Plan(NamedTuple):
 
 
 async def create(
-    node: BlockDriverState, name: str, options: CreateOptions, *, luks_area: bytes = b""
+    node: BlockDriverState,
+    name: str,
+    options: CreateOptions,
+    *,
+    data: BlockDriverState | None = None,
+    luks_area: bytes = b"",
 ) -> None:
     """Make the file or device under `node` a new, empty qcow2 image.
 
-    `luks_area`: the LUKS header and key material of an encrypted one.
-    What it held is lost. Suspends: for I/O. Raises: ImageError; OSError of the file.
+    `data`: the node of its external data file, which exists then. `luks_area`: the LUKS header and
+    key material of an encrypted one.
+    What they held is lost. Suspends: for I/O. Raises: ImageError; OSError of the file.
     """
+    assert (data is None) is (options.data_file is None)
     plan = _plan(options)
     size = options.layout.cluster_size
     if (plan.blocks - 1) * size > REFTABLE_BYTES_MAX or plan.end * size > HOST_OFFSET_MAX:
         raise ImageError(name, "too large to preallocate with this cluster size")
     header = _header(options, plan)
     first_cluster = header.serialise(name)
+    if data is not None:
+        await _make_data_file(data, options)
     await _make_room(node, name, plan, options)
     await _write_refcounts(node, options, plan)
     if luks_area:
@@ -80,10 +102,11 @@ async def create(
     if plan.l2 > plan.l1:
         await _write_l1(node, options, plan)
     if plan.data > plan.l2:
+        first = plan.data if data is None else 0
         await _write_entries(
-            node, plan.l2 * size, plan.data, options, entries=div_up(options.size_bytes, size),
-            table_bytes=(plan.data - plan.l2) * size,
-            flags=COPIED | (ZERO if options.encryption is not None else 0),
+            node, plan.l2 * size, first, options, entries=div_up(options.size_bytes, size),
+            table_bytes=(plan.data - plan.l2) * size, entry_bytes=options.layout.l2_entry_bytes,
+            flags=_data_flags(options),
         )  # fmt: skip
     await node.flush()
     await node.pwritev(0, memoryview(first_cluster + bytes(size - len(first_cluster))))
@@ -92,8 +115,16 @@ async def create(
 
 def allocated_bytes(options: CreateOptions) -> int:
     """How long the file gets when the guest has written all of its disk."""
-    plain = replace(options, preallocation="full", encryption=None)
+    plain = replace(
+        options, preallocation="full", data_file=None, data_file_raw=False, encryption=None
+    )
     return (_plan(plain).end + _crypto_clusters(options)) * options.layout.cluster_size
+
+
+def _data_flags(options: CreateOptions) -> int:
+    """Of preallocated clusters. With extended L2 entries, the empty bitmap says it all."""
+    is_zero = options.encryption is not None and not options.layout.extended_l2
+    return COPIED | ZERO if is_zero else COPIED
 
 
 def _crypto_clusters(options: CreateOptions) -> int:
@@ -106,8 +137,9 @@ def _plan(options: CreateOptions) -> _Plan:
     layout = options.layout
     size = layout.cluster_size
     l1 = div_up(layout.l1_entries(options.size_bytes) * 8, size)
-    data = div_up(options.size_bytes, size) if options.preallocation != "off" else 0
-    l2 = div_up(data, 1 << layout.l2_bits)
+    mapped = div_up(options.size_bytes, size) if options.maps_all else 0
+    l2 = div_up(mapped, 1 << layout.l2_bits)
+    data = mapped if options.data_file is None else 0
     crypto = _crypto_clusters(options)
     table, blocks = 1, 0
     while True:
@@ -156,6 +188,13 @@ def _add_v3(header: Header, options: CreateOptions) -> None:
     if options.compression_type:
         header.incompatible_features |= COMPRESSION
         header.compression_type = options.compression_type
+    if options.data_file is not None:
+        header.incompatible_features |= DATA_FILE
+        header.autoclear_features |= RAW_DATA if options.data_file_raw else 0
+        filename = options.data_file.encode("utf-8", "surrogateescape")
+        header.extensions.append(Extension(EXTENSION_DATA_FILE, filename))
+    if options.layout.extended_l2:
+        header.incompatible_features |= EXTENDED_L2
     header.additional = bytes((options.compression_type,)).ljust(V3_LENGTH - V3_LENGTH_MIN, b"\0")
     names = Extension(EXTENSION_FEATURE_NAMES, name_table())
     # Helpful, not needed: the smallest clusters have no room for it beside a backing file's name.
@@ -177,11 +216,29 @@ async def _make_room(
         if data < length:  # a device may hold anything, and the guest would see it
             await node.pwrite_zeroes(data, length - data, RequestFlags.MAY_UNMAP)
         return
-    preallocation = options.preallocation
     await node.truncate(0)
-    await node.truncate(
-        length, preallocation=preallocation if preallocation in ("falloc", "full") else "off"
-    )
+    own_data = options.data_file is None
+    await node.truncate(length, preallocation=_host_mode(options) if own_data else "off")
+
+
+def _host_mode(options: CreateOptions) -> str:
+    """What the file with the guest's data is asked for."""
+    return options.preallocation if options.preallocation in ("falloc", "full") else "off"
+
+
+async def _make_data_file(node: BlockDriverState, options: CreateOptions) -> None:
+    """Long enough, and zeroes where the tables will show it. Raises: ImageError; OSError."""
+    length = options.size_bytes
+    host_file = node.driver.host_file
+    if host_file is None or not host_file.is_block_device:
+        await node.truncate(0)
+        await node.truncate(length, preallocation=_host_mode(options))
+    elif length > node.length_bytes:
+        name = node.filename or node.node_name
+        raise ImageError(name, f"has {node.length_bytes} bytes; the disk has {length}")
+    elif options.maps_all and length:
+        await node.pwrite_zeroes(0, length, RequestFlags.MAY_UNMAP)
+    await node.flush()
 
 
 async def _write_refcounts(node: BlockDriverState, options: CreateOptions, plan: _Plan) -> None:
@@ -233,14 +290,19 @@ async def _write_entries(
     *,
     entries: int,
     table_bytes: int,
+    entry_bytes: int = 8,
     flags: int = COPIED,
 ) -> None:
     """A table at `offset` whose `entries` name the clusters from `first` on; zeroes behind them."""
     bits = options.layout.cluster_bits
     for start in range(0, table_bytes, WRITE_BYTES):
         length = min(WRITE_BYTES, table_bytes - start)
-        low = first + min(start // 8, entries)
-        high = first + min((start + length) // 8, entries)
+        low = first + min(start // entry_bytes, entries)
+        high = first + min((start + length) // entry_bytes, entries)
         words = array("Q", (cluster << bits | flags for cluster in range(low, high)))
+        if entry_bytes > 8:  # extended L2 entries: each with an empty bitmap
+            both = array("Q", bytes(2 * 8 * len(words)))
+            both[::2] = words
+            words = both
         data = disk_bytes(words)
         await node.pwritev(offset + start, memoryview(data + bytes(length - len(data))))

@@ -20,6 +20,7 @@ from blockemu.drivers.qcow2.layout import (
     BACKING_NAME_MAX,
     CLUSTER_BITS_MAX,
     CLUSTER_BITS_MIN,
+    EXTENDED_L2_CLUSTER_BITS_MIN,
     L1_BYTES_MAX,
     REFCOUNT_ORDER_MAX,
     SECTOR,
@@ -46,12 +47,19 @@ class CreateOptions:
     encryption: NewVolume | None = None
     key_secret: str | None = None
     """Id of the secret that the encrypted image gets."""
+    data_file: str | None = None
+    data_file_raw: bool = False
+
+    @property
+    def maps_all(self) -> bool:
+        """All guest clusters have their place from the start."""
+        return self.preallocation != "off" or self.data_file_raw
 
     @classmethod
     def parse(cls, name: str, size_bytes: int, options: Mapping[str, Any]) -> CreateOptions:
         """From qemu-img's names: `cluster_size`, `compat`, `refcount_bits`, `backing_file`,
         `backing_fmt`, `preallocation`, `lazy_refcounts`, `compression_type`, `extended_l2`,
-        `encrypt.format` and what goes with it.
+        `data_file`, `data_file_raw`, `encrypt.format` and what goes with it.
 
         Raises: ImageError, for what is unknown, out of range or contradictory.
         """
@@ -62,10 +70,9 @@ class CreateOptions:
             _cluster_bits(name, take_size(name, rest, "cluster_size", 65536)),
             _refcount_order(name, take_size(name, rest, "refcount_bits", 16), version),
             version,
+            take_bool(name, rest, "extended_l2", default=False),
         )
         compression = take_choice(name, rest, "compression_type", tuple(_COMPRESSION_TYPES), "zlib")
-        if take_bool(name, rest, "extended_l2", default=False):
-            raise ImageError(name, "extended_l2=on is not supported yet")
         encryption = _take_encryption(name, rest)
         found = cls(
             layout=layout,
@@ -77,6 +84,8 @@ class CreateOptions:
             preallocation=take_choice(name, rest, "preallocation", PREALLOCATIONS, "off"),
             lazy_refcounts=take_bool(name, rest, "lazy_refcounts", default=False),
             compression_type=_COMPRESSION_TYPES[compression],
+            data_file=take_str(name, rest, "data_file", None),
+            data_file_raw=take_bool(name, rest, "data_file_raw", default=False),
         )
         if rest:
             raise ImageError(name, f"format qcow2 has no option '{next(iter(rest))}'")
@@ -93,6 +102,18 @@ class CreateOptions:
                 raise ImageError(
                     name, "an encrypted image can be preallocated with compat=1.1 or above only"
                 )
+            if self.data_file is not None:
+                raise ImageError(name, "data_file needs compat=1.1 or above")
+            if self.layout.extended_l2:
+                raise ImageError(name, "extended_l2=on needs compat=1.1 or above")
+        if self.layout.extended_l2 and self.data_file is not None:
+            raise ImageError(name, "extended_l2=on and data_file aren't supported together")
+        if self.layout.extended_l2 and self.layout.cluster_bits < EXTENDED_L2_CLUSTER_BITS_MIN:
+            raise ImageError(
+                name,
+                f"extended_l2=on needs a cluster_size of {1 << EXTENDED_L2_CLUSTER_BITS_MIN} at "
+                f"least, not {self.layout.cluster_size}",
+            )
         if not 0 <= self.size_bytes <= SIZE_MAX:
             raise ImageError(name, f"a size of {self.size_bytes} bytes is not possible")
         if self.layout.l1_entries(self.size_bytes) * 8 > L1_BYTES_MAX:
@@ -102,6 +123,7 @@ class CreateOptions:
                 f"{self.layout.cluster_size}; take a larger cluster_size",
             )
         self._check_backing(name)
+        self._check_data_file(name)
 
     def _check_backing(self, name: str) -> None:
         if self.backing_file is None:
@@ -114,8 +136,22 @@ class CreateOptions:
             raise ImageError(name, "a backing_file needs its format, too: backing_fmt")
         if len(self.backing_file.encode("utf-8", "surrogateescape")) > BACKING_NAME_MAX:
             raise ImageError(name, f"the backing file's name is over {BACKING_NAME_MAX} bytes")
-        if self.preallocation != "off":
+        if self.preallocation != "off" and not self.layout.extended_l2:
             raise ImageError(name, "an image with a backing_file can't be preallocated")
+
+    def _check_data_file(self, name: str) -> None:
+        if self.data_file is not None and self.encryption is not None:
+            raise ImageError(name, "encryption and data_file aren't supported together")
+        if self.data_file is None:
+            if self.data_file_raw:
+                raise ImageError(name, "data_file_raw=on is given without a data_file")
+        elif not self.data_file or "\0" in self.data_file:
+            raise ImageError(name, "the data file's name is empty or holds a zero byte")
+        elif self.data_file_raw and self.backing_file is not None:
+            raise ImageError(
+                name, "a backing_file can't be had with data_file_raw=on: the data file alone "
+                "wouldn't show what the disk holds"
+            )  # fmt: skip
 
 
 def _take_encryption(name: str, options: dict[str, Any]) -> NewVolume | None:

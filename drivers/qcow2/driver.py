@@ -7,6 +7,7 @@ what happens in place, exclusive for what changes the mapping. A write tries in 
 
 from __future__ import annotations
 
+import errno
 import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self
@@ -15,11 +16,14 @@ from blockemu.drivers.child import Permission, Role
 from blockemu.drivers.direct_map import PAGE_BYTES, PAGES_MAX, DirectMap
 from blockemu.drivers.drain import DrainedSection
 from blockemu.drivers.driver import BlockDriver, BlockStatus, RequestFlags
-from blockemu.drivers.errors import ImageError
+from blockemu.drivers.errors import ImageError, io_error
 from blockemu.drivers.map_slot import MapSlot
 from blockemu.drivers.options import take_dict, take_str
 from blockemu.drivers.qcow2 import resize, snapshot, status
+from blockemu.drivers.qcow2.bitmap_directory import BitmapDirectory, read_directory
+from blockemu.drivers.qcow2.bitmap_store import BitmapStore
 from blockemu.drivers.qcow2.compression import TYPE_NAMES
+from blockemu.drivers.qcow2.data_file import open_data_file
 from blockemu.drivers.qcow2.features import CORRUPT, DIRTY, LAZY_REFCOUNTS
 from blockemu.drivers.qcow2.header import MAGIC, Header, check_tables
 from blockemu.drivers.qcow2.header_file import read_header
@@ -31,9 +35,10 @@ from blockemu.drivers.qcow2.snapshot_table import Snapshot, SnapshotTable, read_
 from blockemu.loop.clock import ClockType
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Collection
 
     from blockemu.drivers.child import BdrvChild
+    from blockemu.drivers.dirty_bitmap import DirtyBitmap
     from blockemu.drivers.metadata_budget import Share
     from blockemu.drivers.node import BlockDriverState
     from blockemu.drivers.qcow2.encryption import Encryption
@@ -50,8 +55,9 @@ MAP_PAGES_MIN = 4096
 
 class Qcow2Driver(BlockDriver):
     """Options: `file`; `backing` (a node, its options, or null for none; missing: as the header
-    says); `snapshot` (an id or a name: show that one, read-only); `encrypt.key-secret` (the id of
-    the secret of an encrypted image); those of options.py."""
+    says); `data-file` (likewise, where the header says that there is one); `snapshot` (an id or a
+    name: show that one, read-only); `encrypt.key-secret` (the id of the secret of an encrypted
+    image); those of options.py."""
 
     name = "qcow2"
     supports_compressed_writes = True
@@ -60,10 +66,13 @@ class Qcow2Driver(BlockDriver):
         super().__init__(node)
         self.image = image
         self.metadata_share: Share = share
+        self.bitmaps = BitmapStore(image, node, share)
+        self._writable = not node.read_only
         self._pages_max = self._take_share(share)
         self._file = file
         self._bits = image.layout.cluster_bits
         self._map_slot = MapSlot(self._make_map)
+        self.supports_compressed_writes = not image.header.has_data_file
         image.mark.refuse_writes = self._refuse_writes
 
     @classmethod
@@ -80,21 +89,29 @@ class Qcow2Driver(BlockDriver):
         name = node.filename or node.node_name
         header = await read_header(name, file)
         snapshots = await _read_snapshots(name, header, file)
+        given = frozenset(options)
         _choose_snapshot(name, header, snapshots, file, node, options)
         encryption = await _open_encryption(name, header, file, node, options, opener)
+        data_child = await open_data_file(name, header, node, options, opener)
         share = opener.metadata_budget.new_share()
         try:
             own = take_options(name, options, header.layout, header.size, share, unmap=node.unmap)
             image = await open_image(
                 name, header, file, read_only=node.read_only, options=own,
-                buffers=lambda: node.ctx.buffers, encryption=encryption,
+                buffers=lambda: node.ctx.buffers, data_child=data_child, encryption=encryption,
             )  # fmt: skip
             image.header_file.snapshots = snapshots
+            if "snapshot" not in given:
+                image.header_file.bitmaps = await _read_bitmaps(name, image)
+            if not node.read_only:
+                await image.overlaps.places.read_inactive()
             image.reader.backing = await _open_backing(name, header, node, options, opener)
+            driver = cls(node, image, file, share)
+            await driver._open_bitmaps()
         except BaseException:
             share.release()
             raise
-        return cls(node, image, file, share)
+        return driver
 
     @classmethod
     def recognises(cls, start: bytes) -> bool:
@@ -148,6 +165,8 @@ class Qcow2Driver(BlockDriver):
 
     async def _write_compressed(self, offset: int, view: memoryview) -> None:
         image = self.image
+        if image.data_file is not None:
+            raise io_error(errno.ENOTSUP, f"{image.name}: compressed writes to a data file")
         image.compressor.check(offset, len(view))
         first, last = offset >> self._bits, (offset + len(view) - 1) >> self._bits
         held = await image.locks.exclusive(first, last)
@@ -182,6 +201,7 @@ class Qcow2Driver(BlockDriver):
         return await status.block_status(self.image, offset, length)
 
     async def truncate(self, length: int, *, preallocation: str = "off") -> None:
+        await self._bitmaps_resizing(length)
         async with self._map_slot.shut():
             self.image.reader.direct_map = None
             await resize.resize(self.image, length, preallocation=preallocation)
@@ -194,17 +214,22 @@ class Qcow2Driver(BlockDriver):
         return self.image.header_file.snapshots.entries
 
     async def snapshot_create(self, name: str) -> None:
-        async with self._alone():
+        async with self._alone("snapshots"):
             now_ns = self.node.ctx.now_ns(ClockType.HOST)
             await snapshot.create(self.image, name, now_ns=now_ns)
 
     async def snapshot_apply(self, id_or_name: str) -> None:
-        async with self._alone():
+        if self.node.dirty_bitmaps:
+            raise ImageError(
+                self.image.name,
+                "has dirty bitmaps, which wouldn't know what differs in another snapshot",
+            )
+        async with self._alone("snapshots"):
             table = self.image.header_file.snapshots
             await snapshot.go_to(self.image, self._found(id_or_name, table.find(id_or_name)))
 
     async def snapshot_delete(self, name_or_id: str) -> None:
-        async with self._alone():
+        async with self._alone("snapshots"):
             found = self.image.header_file.snapshots.find_for_deletion(name_or_id)
             await snapshot.delete(self.image, self._found(name_or_id, found))
 
@@ -214,20 +239,74 @@ class Qcow2Driver(BlockDriver):
         return found
 
     @asynccontextmanager
-    async def _alone(self) -> AsyncIterator[None]:
+    async def _alone(self, what: str) -> AsyncIterator[None]:
         """Nobody else uses the image inside: it is drained, and what its direct map says is about
-        to change."""
+        to change. `what` of the image is to be changed."""
         image = self.image
         if self.node.read_only:
-            raise ImageError(image.name, "its snapshots can't be changed: it is open read-only")
+            raise ImageError(image.name, f"its {what} can't be changed: it is open read-only")
+        if image.data_file is not None and what == "snapshots":
+            raise ImageError(image.name, "has an external data file, so it can't have snapshots")
         async with DrainedSection(self.node), self._map_slot.shut():
             image.reader.direct_map = None
             held = await image.locks.exclusive(0, GUEST_CLUSTER_MAX)
             try:
                 async with image.mutex:
                     yield
+                    await image.overlaps.places.read_inactive()
             finally:
                 image.locks.release(held)
+
+    # --- dirty bitmaps ---
+
+    async def _open_bitmaps(self) -> None:
+        if not self._writable:
+            return
+        try:
+            async with self.image.mutex:
+                await self.bitmaps.open()
+        except OSError as error:
+            raise ImageError.from_os_error(self.image.name, error) from error
+
+    async def _bitmaps_resizing(self, length: int) -> None:
+        bitmaps = self.node.dirty_bitmaps.values()
+        if not length and any(bitmap.persistent for bitmap in bitmaps):
+            raise io_error(errno.ENOTSUP, f"{self.image.name}: 0 bytes can't have stored bitmaps")
+        broken = next((bitmap for bitmap in bitmaps if bitmap.inconsistent), None)
+        if broken is not None:
+            reason = f"can't be resized while its bitmap '{broken.name}' is inconsistent: remove it"
+            raise io_error(errno.ENOTSUP, f"{self.image.name}: {reason}")
+        await self.bitmaps_changing(bitmaps)
+
+    @property
+    def supports_bitmaps(self) -> bool:
+        return self.image.header.version >= 3
+
+    @property
+    def stored_bitmaps(self) -> tuple[str, ...]:
+        return tuple(entry.name for entry in self.bitmaps.directory.entries)
+
+    def prepare_bitmap(self, name: str, granularity: int) -> None:
+        self.bitmaps.prepare_new(name, granularity)
+
+    async def load_bitmap(self, name: str) -> DirtyBitmap | None:
+        try:
+            return await self.bitmaps.load(name)
+        except OSError as error:
+            raise ImageError.from_os_error(self.image.name, error) from error
+
+    async def bitmaps_changing(self, bitmaps: Collection[DirtyBitmap]) -> None:
+        async with self.image.mutex:
+            await self.bitmaps.changing(bitmaps)
+
+    async def remove_stored_bitmap(self, name: str) -> None:
+        async with self._alone("bitmaps"):
+            await self.bitmaps.remove(name)
+
+    async def store_bitmaps(self) -> None:
+        async with self._alone("bitmaps"):
+            await self.bitmaps.store()
+            self.node.refuse_writes(f"{self.image.name} is being closed")
 
     async def change_backing_file(self, filename: str | None, fmt: str | None) -> None:
         await self.image.flush()  # what the new chain doesn't show must be here by then
@@ -270,12 +349,21 @@ class Qcow2Driver(BlockDriver):
     async def close(self) -> None:
         self.metadata_share.release()
         await self.drop_direct_map()
-        if self.node.read_only:
+        if not self._writable or self.image.mark.is_set:
             return
         try:
+            if not self.node.read_only:
+                await self._store_at_close()
             await self.image.close()
         except OSError as error:
             log.error("%s: not everything could be written at close: %s", self.image.name, error)
+
+    async def _store_at_close(self) -> None:
+        try:
+            async with self.image.mutex:
+                await self.bitmaps.store()
+        except (ImageError, OSError) as error:
+            log.error("%s: its bitmaps could not be stored: %s", self.image.name, error)
 
     def direct_map(self) -> DirectMap | None:
         return self._map_slot.get()
@@ -304,9 +392,15 @@ class Qcow2Driver(BlockDriver):
             "refcount-bits": self.image.layout.refcount_bits,
         }
         if header.version == 3:
+            if header.data_file is not None:
+                data["data-file"] = header.data_file
+            if header.has_data_file:
+                data["data-file-raw"] = header.data_file_is_raw
             data["lazy-refcounts"] = bool(header.compatible_features & LAZY_REFCOUNTS)
+            if bitmaps := self.bitmaps.facts():
+                data["bitmaps"] = bitmaps
             data["corrupt"] = bool(header.incompatible_features & CORRUPT)
-            data["extended-l2"] = False
+            data["extended-l2"] = self.image.layout.extended_l2
         encryption = self.image.encryption
         if encryption is not None:
             data["encrypt"] = encryption.describe()
@@ -334,6 +428,14 @@ async def _read_snapshots(name: str, header: Header, file: BdrvChild) -> Snapsho
         raise ImageError.from_os_error(name, error) from error
 
 
+async def _read_bitmaps(name: str, image: Image) -> BitmapDirectory:
+    file = image.file
+    try:
+        return await read_directory(name, image.header, file.read, file_bytes=file.length)
+    except OSError as error:
+        raise ImageError.from_os_error(name, error) from error
+
+
 def _choose_snapshot(
     name: str,
     header: Header,
@@ -346,6 +448,8 @@ def _choose_snapshot(
     wanted = take_str(name, options, "snapshot", None)
     if wanted is None:
         return
+    if header.has_data_file:
+        raise ImageError(name, "has an external data file, so it can't have snapshots")
     if not node.read_only:
         raise ImageError(name, f"snapshot '{wanted}' can only be opened read-only")
     found = snapshots.find(wanted)

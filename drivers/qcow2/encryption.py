@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from blockemu.drivers.node import BlockDriverState
     from blockemu.drivers.qcow2.header import Header
     from blockemu.drivers.qcow2.image_file import ImageFile
+    from blockemu.drivers.qcow2.overlap_check import OverlapCheck
     from blockemu.drivers.registry import Opener
     from blockemu.loop.buffers import BufferPool
     from blockemu.loop.host_file import HostFile
@@ -72,9 +73,11 @@ class Encryption(NamedTuple):
             facts[key] = value
         return facts
 
-    def guest_data(self, file: ImageFile, buffers: Callable[[], BufferPool]) -> GuestData:
+    def guest_data(
+        self, file: ImageFile, overlaps: OverlapCheck, buffers: Callable[[], BufferPool]
+    ) -> GuestData:
         """The door that encrypts and decrypts."""
-        return EncryptedData(file, self, buffers=buffers)
+        return EncryptedData(file, self, overlaps=overlaps, buffers=buffers)
 
 
 class EncryptedData(GuestData):
@@ -83,9 +86,14 @@ class EncryptedData(GuestData):
     keeps_zeroes = False
 
     def __init__(
-        self, file: ImageFile, encryption: Encryption, *, buffers: Callable[[], BufferPool]
+        self,
+        file: ImageFile,
+        encryption: Encryption,
+        *,
+        overlaps: OverlapCheck,
+        buffers: Callable[[], BufferPool],
     ) -> None:
-        super().__init__(file)
+        super().__init__(file, overlaps)
         self._cipher = encryption.cipher
         self._by_host = encryption.method == LUKS
         self._offload = encryption.offload
@@ -120,7 +128,7 @@ class EncryptedData(GuestData):
                 cipher.encrypt(sector, view, coded)
             else:
                 await self._offload(cipher.encrypt, sector, view, coded)
-            await self.file.write(host, coded)
+            await super().write(host, coded, guest)
         finally:
             buffers.give(buffer)
 

@@ -15,11 +15,14 @@ CORRUPT: Final = 1 << 1
 DATA_FILE: Final = 1 << 2
 COMPRESSION: Final = 1 << 3
 EXTENDED_L2: Final = 1 << 4
-SUPPORTED: Final = DIRTY | CORRUPT | COMPRESSION
+SUPPORTED: Final = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2
 """Incompatible features that an image may have and be opened, at least for reading."""
 
 LAZY_REFCOUNTS: Final = 1 << 0
 """Compatible: refcounts may be late, with DIRTY set meanwhile. Ours never are."""
+
+RAW_DATA: Final = 1 << 1
+"""Autoclear: the external data file is right as a raw image, too."""
 
 _ENTRY_BYTES = 48
 _NAME_BYTES = 46

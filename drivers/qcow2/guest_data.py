@@ -18,20 +18,24 @@ if TYPE_CHECKING:
 
     from blockemu.drivers.node import BlockDriverState
     from blockemu.drivers.qcow2.image_file import ImageFile
+    from blockemu.drivers.qcow2.overlap_check import OverlapCheck
     from blockemu.loop.host_file import HostFile
 
 
 class GuestData:
     """The guest's bytes lie in `file`, as the guest sees them.
 
-    `guest`: the guest offset of the first byte of a transfer.
+    `guest`: the guest offset of the first byte of a transfer. `overlaps` checks what is written;
+    None where no metadata lies in the file.
     """
 
     keeps_zeroes = True
     """Zeroes in the file, and so its holes, are zeroes to the guest."""
 
-    def __init__(self, file: ImageFile) -> None:
+    def __init__(self, file: ImageFile, overlaps: OverlapCheck | None = None) -> None:
         self.file = file
+        self._overlaps = overlaps
+        self._is_clear = _always_clear if overlaps is None else overlaps.is_clear
         self.granule = file.granule
         """Unit of writes that the node below carries out without reading first."""
 
@@ -42,8 +46,22 @@ class GuestData:
         return self.file.read(host, view)
 
     def write(self, host: int, view: memoryview, guest: int) -> Coroutine[Any, Any, None]:
-        """Write `view` to host offset `host`, inside clusters that are taken. Raises: OSError."""
-        return self.file.write(host, view)
+        """Write `view` to host offset `host`, inside clusters that are taken.
+
+        Raises: OSError (EIO, and the image is marked corrupt, if metadata lies there).
+        """
+        if self._is_clear(host, len(view)):
+            return self.file.write(host, view)
+        return self._write_checked(host, view)
+
+    async def _write_checked(self, host: int, view: memoryview) -> None:
+        assert self._overlaps is not None
+        await self._overlaps.refuse_bytes(host, len(view))
+        await self.file.write(host, view)
+
+    def takes_writes(self, host: int, length: int) -> bool:
+        """Whether a direct map may lead writes to these bytes."""
+        return self._is_clear(host, length)
 
     async def cover(self, end: int) -> None:
         """Make the file at least `end` bytes long. Under the metadata mutex. Raises: OSError."""
@@ -63,3 +81,7 @@ class GuestData:
     def node(self) -> BlockDriverState:
         """The node whose file that is."""
         return self.file.child.node
+
+
+def _always_clear(host: int, length: int) -> bool:
+    return True

@@ -154,21 +154,19 @@ class GuestEraser:
         async with self._mutex:
             await self._clusters.make_writable(first)
         found = await self._clusters.load(first)
-        for position in range(index, index + count):
-            old = found.words[position]
-            word = change(old)
-            if word != old:
-                self._clusters.set_entry(found, position, word, discard=discard)
+        for position, old in enumerate(self._clusters.entries(found, index, count), index):
+            entry = change(old)
+            if entry != old:
+                self._clusters.set_entry(found, position, entry, discard=discard)
         return count
 
     def _changes(self, found: Slice, index: int, count: int, change: Callable[[int], int]) -> int:
         """How many entries `change` would change, all of them being possible ones."""
         changes = 0
-        for position in range(index, index + count):
-            word = found.words[position]
-            if word:
+        for position, entry in enumerate(self._clusters.entries(found, index, count), index):
+            if entry:
                 self._clusters.check_entry(found, position)
-            changes += change(word) != word
+            changes += change(entry) != entry
         return changes
 
     async def _write_zero_bytes(self, start: int, end: int) -> None:

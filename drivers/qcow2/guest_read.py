@@ -20,6 +20,8 @@ from blockemu.loop.coroutine import run_on_fresh_stack
 from blockemu.loop.sync import gather
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from blockemu.drivers.child import BdrvChild
     from blockemu.drivers.direct_map import DirectMap
     from blockemu.drivers.qcow2.compression import Decompressor
@@ -33,6 +35,10 @@ READS_AT_ONCE = 16
 
 PUBLISH_MAX = 256
 """Clusters published for one request: keeps a huge one from filling the map by itself."""
+
+
+HOST_CLUSTERS_MAX = 1 << 55
+"""More than any file has."""
 
 
 class GuestReader:
@@ -53,6 +59,8 @@ class GuestReader:
         self.direct_map: DirectMap | None = None
         self.maps_writes = False
         """The direct map may take writes, where a cluster may be written in place."""
+        self.used_end: Callable[[], int] = lambda: HOST_CLUSTERS_MAX
+        """Behind the last host cluster that was ever in use."""
         self._layout = layout
         self._mask = layout.cluster_size - 1
         self._file = file
@@ -102,12 +110,22 @@ class GuestReader:
         inside = offset & self._mask
         guest, host = offset - inside, extent.host - inside
         end = min(offset + extent.length, guest + PUBLISH_MAX * size)
-        writable = extent.writable and self.maps_writes
+        writable = (
+            extent.writable
+            and self.maps_writes
+            and self._data.takes_writes(host, min(extent.length + inside, PUBLISH_MAX * size))
+        )
         publish = self.direct_map.publish
-        while guest < end and host + size <= self._data.length:
+        # Only what was ever in use: what will be used next is no guest's yet (overlap_check.py).
+        host_end = min(self._data.length, self.used_end() << self._layout.cluster_bits)
+        while guest < end and host + size <= host_end:
             publish(guest, host, writable=writable)
             guest += size
             host += size
+
+    def is_mapped(self, host: int, length: int) -> bool:
+        """Whether the direct map leads into this host range. Slow; suspends: never."""
+        return self.direct_map is not None and self.direct_map.leads_into(host, length)
 
     def forget_unpacked(self) -> None:
         """Where compressed clusters have been there may be something else from now on."""

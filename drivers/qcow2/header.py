@@ -25,11 +25,19 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from blockemu.drivers.errors import ImageError
-from blockemu.drivers.qcow2.features import CORRUPT, SUPPORTED, feature_names
+from blockemu.drivers.qcow2.features import (
+    CORRUPT,
+    DATA_FILE,
+    EXTENDED_L2,
+    RAW_DATA,
+    SUPPORTED,
+    feature_names,
+)
 from blockemu.drivers.qcow2.layout import (
     BACKING_NAME_MAX,
     CLUSTER_BITS_MAX,
     CLUSTER_BITS_MIN,
+    EXTENDED_L2_CLUSTER_BITS_MIN,
     L1_BYTES_MAX,
     REFCOUNT_ORDER_MAX,
     REFTABLE_BYTES_MAX,
@@ -111,7 +119,8 @@ class Header:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.cluster_bits, self.refcount_order, self.version)
+        extended_l2 = bool(self.incompatible_features & EXTENDED_L2)
+        return Layout(self.cluster_bits, self.refcount_order, self.version, extended_l2)
 
     @property
     def cluster_size(self) -> int:
@@ -133,6 +142,22 @@ class Header:
         if self.crypt_method != CRYPT_LUKS or data is None:
             return None
         return CryptoArea(*_CRYPTO_AREA.unpack(data))
+
+    @property
+    def has_data_file(self) -> bool:
+        """The guest's clusters lie in an external data file."""
+        return bool(self.incompatible_features & DATA_FILE)
+
+    @property
+    def data_file(self) -> str | None:
+        """The name that the header has for it; it needn't have one."""
+        data = self.extension(EXTENSION_DATA_FILE) if self.has_data_file else None
+        return data.decode("utf-8", "surrogateescape") if data else None
+
+    @property
+    def data_file_is_raw(self) -> bool:
+        """The data file is a raw image of the disk, and has to stay one."""
+        return self.has_data_file and bool(self.autoclear_features & RAW_DATA)
 
     def fixed_fields(self) -> bytes:
         """The first `header_length` bytes; what changes in place while an image is open."""
@@ -267,6 +292,12 @@ def _parse_extensions(name: str, area: bytes) -> list[Extension]:
 def _check_fields(name: str, header: Header) -> None:
     if header.refcount_order > REFCOUNT_ORDER_MAX:
         raise ImageError(name, f"refcount_order is {header.refcount_order}; at most 6 is possible")
+    if header.layout.extended_l2 and header.cluster_bits < EXTENDED_L2_CLUSTER_BITS_MIN:
+        raise ImageError(
+            name,
+            f"extended L2 entries with clusters of {header.cluster_size} bytes are not possible; "
+            f"{1 << EXTENDED_L2_CLUSTER_BITS_MIN} is the least",
+        )
     if header.size > SIZE_MAX:
         raise ImageError(name, f"a virtual size of {header.size} bytes is not possible")
     if header.l1_size * 8 > L1_BYTES_MAX:
@@ -287,17 +318,25 @@ def _check_fields(name: str, header: Header) -> None:
 
 
 def _check_features(name: str, header: Header) -> None:
+    if header.incompatible_features & EXTENDED_L2 and header.has_data_file:
+        raise ImageError(
+            name, "extended L2 entries and an external data file aren't supported together"
+        )
     unsupported = header.incompatible_features & ~SUPPORTED
     if unsupported:
         table = header.extension(EXTENSION_FEATURE_NAMES) or b""
         names = ", ".join(feature_names(unsupported, table))
         raise ImageError(name, f"unsupported incompatible feature(s): {names}")
+    if "\0" in (header.data_file or ""):
+        raise ImageError(name, "the name of its external data file holds a zero byte")
 
 
 def _check_encryption(name: str, header: Header) -> None:
     method = header.crypt_method
     if method not in (CRYPT_NONE, CRYPT_AES, CRYPT_LUKS):
         raise ImageError(name, f"the image is encrypted (method {method}), which is not supported")
+    if method and header.has_data_file:
+        raise ImageError(name, "encryption and an external data file together are not supported")
     data = header.extension(EXTENSION_ENCRYPTION)
     if method != CRYPT_LUKS:
         if data is not None:

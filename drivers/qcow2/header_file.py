@@ -11,18 +11,27 @@ be durable before; that is the caller's part.
 
 from __future__ import annotations
 
+import copy
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.errors import ImageError, io_error
+from blockemu.drivers.qcow2.bitmap_directory import (
+    AUTOCLEAR_BITMAPS,
+    BitmapDirectory,
+    with_directory,
+)
 from blockemu.drivers.qcow2.features import CORRUPT
 from blockemu.drivers.qcow2.header import V2_LENGTH, Header, first_cluster_bytes, parse
 from blockemu.drivers.qcow2.header_rewrite import rewrite, with_backing
+from blockemu.drivers.qcow2.root_table import ENTRY_BYTES
 from blockemu.drivers.qcow2.snapshot_table import SnapshotTable
 
 if TYPE_CHECKING:
     from blockemu.drivers.child import BdrvChild
     from blockemu.drivers.qcow2.image_file import ImageFile
+    from blockemu.drivers.qcow2.root_table import RootTable
 
 FIRST_READ_BYTES = 4096
 
@@ -53,15 +62,13 @@ class HeaderFile:
         self.header = header
         self.snapshots = SnapshotTable()
         """The table that the header names."""
+        self.bitmaps = BitmapDirectory()
+        """The directory that it names."""
+        self.on_moved: Callable[[], None] = lambda: None
+        """Told when the header has come to name other places of tables. Suspends: never."""
         self._file = file
         self._lost = False
         """A `replace` failed: which header is in the file isn't known."""
-
-    async def clear_autoclear(self) -> None:
-        """We know no autoclear feature's data, so we are about to make it stale: say so first."""
-        if self.header.autoclear_features:
-            self.header.autoclear_features = 0
-            await self._write()
 
     async def keep_autoclear(self, known: int) -> None:
         """The caller keeps the data of the autoclear features `known` right, no others."""
@@ -79,22 +86,49 @@ class HeaderFile:
         self.header.refcount_table_offset = offset
         self.header.refcount_table_clusters = clusters
         await self._write()
+        self.on_moved()
 
     async def move_l1(self, *, offset: int, entries: int) -> None:
         self.header.l1_table_offset = offset
         self.header.l1_size = entries
         await self._write()
-
-    async def move_disk(self, *, offset: int, entries: int, size: int) -> None:
-        """Another L1 table with another size, at once."""
-        self.header.size = size
-        await self.move_l1(offset=offset, entries=entries)
+        self.on_moved()
 
     async def move_snapshots(self, table: SnapshotTable) -> None:
         self.header.snapshots_offset = table.offset
         self.header.nb_snapshots = len(table.entries)
         await self._write()
         self.snapshots = table
+        self.on_moved()
+
+    async def switch(
+        self,
+        *,
+        l1: tuple[int, int],
+        reftable: RootTable,
+        snapshots: SnapshotTable | None,
+        size: int | None,
+    ) -> None:
+        """Name other tables, and give the disk another size, all by one write. `l1`: offset and
+        entries of the L1 table."""
+        header = self.header
+        header.l1_table_offset, header.l1_size = l1
+        header.refcount_table_offset = reftable.offset
+        header.refcount_table_clusters = len(reftable) * ENTRY_BYTES // header.cluster_size
+        if size is not None:
+            header.size = size
+        await self.move_snapshots(snapshots if snapshots is not None else self.snapshots)
+
+    async def move_bitmaps(self, directory: BitmapDirectory) -> None:
+        """Name another bitmap directory, or none. Guarantees and errors: as `replace`."""
+        new = copy.copy(self.header)
+        new.extensions = with_directory(self.header, directory)
+        new.autoclear_features &= ~AUTOCLEAR_BITMAPS
+        if directory.entries:
+            new.autoclear_features |= AUTOCLEAR_BITMAPS
+        await self.replace(new)
+        self.bitmaps = directory
+        self.on_moved()
 
     async def set_size(self, size: int) -> None:
         self.header.size = size
@@ -128,6 +162,7 @@ class HeaderFile:
             self._lost = True
             raise
         self.header = header
+        self.on_moved()
 
     async def _write(self) -> None:
         if self._lost:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.qcow2.header import (
     EXTENSION_BACKING_FORMAT,
+    EXTENSION_DATA_FILE,
     EXTENSION_FEATURE_NAMES,
     V2_LENGTH,
     Extension,
@@ -52,6 +53,8 @@ def with_backing(name: str, header: Header, filename: str | None, fmt: str | Non
     length = len((filename or "").encode("utf-8", "surrogateescape"))
     if length > BACKING_NAME_MAX:
         raise ImageError(name, f"the backing file name is {length} bytes long; 1023 are allowed")
+    if filename and header.data_file_is_raw:
+        raise ImageError(name, "can't have a backing file: its external data file is raw")
     new = copy.copy(header)
     new.backing_file = filename or None
     new.extensions = [
@@ -59,6 +62,19 @@ def with_backing(name: str, header: Header, filename: str | None, fmt: str | Non
     ]
     if filename and fmt:
         new.extensions.insert(0, Extension(EXTENSION_BACKING_FORMAT, fmt.encode("utf-8")))
+    return new
+
+
+def with_data_file(header: Header, filename: str) -> Header:
+    """A copy of the header that has another name for its external data file, or, with "", none."""
+    new = copy.copy(header)
+    new.extensions = [
+        extension for extension in header.extensions if extension.kind != EXTENSION_DATA_FILE
+    ]
+    if filename:
+        name = filename.encode("utf-8", "surrogateescape")
+        place = sum(extension.kind == EXTENSION_BACKING_FORMAT for extension in new.extensions)
+        new.extensions.insert(place, Extension(EXTENSION_DATA_FILE, name))
     return new
 
 

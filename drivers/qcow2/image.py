@@ -12,30 +12,45 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.qcow2.bitmap_directory import AUTOCLEAR_BITMAPS
 from blockemu.drivers.qcow2.cluster_lock import ClusterLocks
 from blockemu.drivers.qcow2.cluster_map import ClusterMap
 from blockemu.drivers.qcow2.compression import compressor, decompressor
 from blockemu.drivers.qcow2.corrupt_mark import CorruptMark
 from blockemu.drivers.qcow2.damage import DamageLog
-from blockemu.drivers.qcow2.features import DIRTY
+from blockemu.drivers.qcow2.data_clusters import DataFileEraser, DataFileMap, DataFileWriter
+from blockemu.drivers.qcow2.data_file import ClosedDataFile, DataFile
+from blockemu.drivers.qcow2.features import DIRTY, RAW_DATA
 from blockemu.drivers.qcow2.guest_compress import GuestCompressor
 from blockemu.drivers.qcow2.guest_data import GuestData
 from blockemu.drivers.qcow2.guest_erase import GuestEraser
 from blockemu.drivers.qcow2.guest_read import GuestReader
 from blockemu.drivers.qcow2.guest_write import GuestWriter
-from blockemu.drivers.qcow2.header import Header, check_tables, check_writable
+from blockemu.drivers.qcow2.header import (
+    EXTENSION_BITMAPS,
+    Header,
+    check_tables,
+    check_writable,
+)
 from blockemu.drivers.qcow2.header_file import HeaderFile
 from blockemu.drivers.qcow2.image_file import ImageFile
 from blockemu.drivers.qcow2.layout import Layout
+from blockemu.drivers.qcow2.metadata_places import MetadataPlaces
 from blockemu.drivers.qcow2.metadata_writer import MetadataWriter
+from blockemu.drivers.qcow2.overlap_check import OverlapCheck
 from blockemu.drivers.qcow2.packed_space import PackedSpace
 from blockemu.drivers.qcow2.refcount import Refcounts
 from blockemu.drivers.qcow2.refcount_width import RefcountWidth
 from blockemu.drivers.qcow2.repair import repair_dirty
 from blockemu.drivers.qcow2.root_table import ENTRY_BYTES, RootTable
+from blockemu.drivers.qcow2.subcluster_erase import SubclusterEraser
+from blockemu.drivers.qcow2.subcluster_map import ExtendedTableCache, SubclusterMap
+from blockemu.drivers.qcow2.subcluster_read import SubclusterReader
+from blockemu.drivers.qcow2.subcluster_write import SubclusterWriter
 from blockemu.drivers.qcow2.table_cache import TableCache, words_from
 from blockemu.loop.sync import Mutex
 
@@ -46,6 +61,23 @@ if TYPE_CHECKING:
     from blockemu.drivers.qcow2.encryption import Encryption
     from blockemu.drivers.qcow2.options import Options
     from blockemu.loop.buffers import BufferPool
+
+
+class Parts(NamedTuple):
+    """The parts that differ with the form of L2 entries."""
+
+    l2_cache: type[TableCache] = TableCache
+    clusters: type[ClusterMap] = ClusterMap
+    reader: type[GuestReader] = GuestReader
+    guest_writer: type[GuestWriter] = GuestWriter
+    eraser: type[GuestEraser] = GuestEraser
+
+
+WHOLE_CLUSTER_PARTS = Parts()
+SUBCLUSTER_PARTS = Parts(
+    ExtendedTableCache, SubclusterMap, SubclusterReader, SubclusterWriter, SubclusterEraser
+)
+DATA_FILE_PARTS = Parts(clusters=DataFileMap)
 
 
 @dataclass(slots=True)
@@ -71,8 +103,11 @@ class Image:
     locks: ClusterLocks
     mutex: Mutex
     mark: CorruptMark
+    overlaps: OverlapCheck
     damage: DamageLog
     encryption: Encryption | None = None
+    data_file: DataFile | None = None
+    """The file that `data` is in, if that is not `file`."""
     preallocated: bool | None = None
     """Clusters may be holes in the file (preallocation.py); None until somebody asks."""
 
@@ -92,6 +127,8 @@ class Image:
         that can't be written any more.
         """
         if self.mark.is_done and not self.writer.is_dirty:
+            if self.data_file is not None:
+                await self.data_file.flush()
             await self.file.flush()
             return
         await self.writer.flush()
@@ -115,6 +152,7 @@ async def open_image(
     read_only: bool,
     options: Options,
     buffers: Callable[[], BufferPool],
+    data_child: BdrvChild | None = None,
     encryption: Encryption | None = None,
 ) -> Image:
     """Judge and read the root tables, and put the parts together. Raises: ImageError.
@@ -135,9 +173,15 @@ async def open_image(
             header.refcount_table_offset,
             (header.refcount_table_clusters << layout.cluster_bits) // ENTRY_BYTES,
         )
-        image = _assemble(name, header, file, l1, reftable, options, buffers, encryption)
+        data_file = None
+        if data_child is not None:
+            data_file = DataFile(data_child, header=header, name=name)
+        image = _assemble(name, header, file, data_file, l1, reftable, options, buffers, encryption)
         if not read_only:
-            await image.header_file.clear_autoclear()
+            known = RAW_DATA if header.has_data_file else 0
+            if header.extension(EXTENSION_BITMAPS) is not None:
+                known |= AUTOCLEAR_BITMAPS
+            await image.header_file.keep_autoclear(known)
     except OSError as error:
         raise ImageError.from_os_error(name, error) from error
     return image
@@ -155,6 +199,7 @@ def _assemble(
     name: str,
     header: Header,
     file: ImageFile,
+    data_file: DataFile | None,
     l1: RootTable,
     reftable: RootTable,
     options: Options,
@@ -171,29 +216,48 @@ def _assemble(
         file, typecode=width.typecode, slice_bytes=options.slice_bytes,
         bytes_max=options.refcount_cache_bytes, write_back=writer.write_back,
     )  # fmt: skip
-    l2 = TableCache(
+    kinds = _parts_for(header)
+    l2 = kinds.l2_cache(
         file, typecode="Q", slice_bytes=options.slice_bytes,
         bytes_max=options.l2_cache_bytes, write_back=writer.write_back,
     )  # fmt: skip
     writer.attach(blocks=blocks, reftable=reftable, l2=l2, l1=l1)
+    places = MetadataPlaces(
+        layout, file=file, header=header_file, writer=writer, kinds=options.overlap_checks
+    )
+    overlaps = OverlapCheck(places, cluster_bits=layout.cluster_bits, damage=damage, mark=mark)
     refcounts = Refcounts(
         layout, file=file, cache=blocks, table=reftable, width=width, writer=writer,
-        header=header_file, damage=damage, mark=mark, pass_discard=options.pass_discard,
+        header=header_file, damage=damage, mark=mark, overlaps=overlaps,
+        pass_discard=options.pass_discard,
     )  # fmt: skip
-    clusters = ClusterMap(
-        layout, file=file, l1=l1, l2=l2, refcounts=refcounts, writer=writer, damage=damage
-    )
+    clusters = kinds.clusters(
+        layout, file=file, l1=l1, l2=l2, refcounts=refcounts, writer=writer, overlaps=overlaps,
+        damage=damage,
+    )  # fmt: skip
     mutex = Mutex()
-    data = GuestData(file) if encryption is None else encryption.guest_data(file, buffers)
-    reader = GuestReader(
+    data = _guest_data(header, file, data_file, writer, overlaps)
+    if encryption is not None:
+        data = encryption.guest_data(file, overlaps, buffers)
+    reader = kinds.reader(
         layout, file=file, data=data, clusters=clusters, backing=None,
         decompress=decompressor(name, header.compression_type), damage=damage,
     )  # fmt: skip
-    guest_writer = GuestWriter(
+    if data_file is None:
+        reader.used_end = lambda: refcounts.used_end
+        overlaps.is_mapped = reader.is_mapped
+    make_writer: Callable[..., GuestWriter] = kinds.guest_writer
+    if data_file is not None:
+        make_writer = partial(DataFileWriter, file=data_file)
+    guest_writer = make_writer(
         layout, data=data, clusters=clusters, refcounts=refcounts, writer=writer, reader=reader,
         mutex=mutex, buffers=buffers, disk_bytes=header.size,
     )  # fmt: skip
-    eraser = GuestEraser(
+    make_eraser: Callable[..., GuestEraser] = kinds.eraser
+    if data_file is not None:
+        pass_discard = options.pass_discard
+        make_eraser = partial(DataFileEraser, file=data_file, pass_discard=pass_discard)
+    eraser = make_eraser(
         layout, clusters=clusters, writer=writer, reader=reader, guest_writer=guest_writer,
         mutex=mutex,
     )  # fmt: skip
@@ -209,5 +273,27 @@ def _assemble(
         l1=l1, l2=l2, reftable=reftable, blocks=blocks, writer=writer,
         refcounts=refcounts, clusters=clusters, reader=reader, guest_writer=guest_writer,
         eraser=eraser, compressor=packer, locks=ClusterLocks(), mutex=mutex, mark=mark,
-        damage=damage, encryption=encryption,
+        overlaps=overlaps, damage=damage, data_file=data_file, encryption=encryption,
+        preallocated=None if data_file is None else data_file.is_raw,
     )  # fmt: skip
+
+
+def _parts_for(header: Header) -> Parts:
+    if header.layout.extended_l2:
+        return SUBCLUSTER_PARTS
+    return DATA_FILE_PARTS if header.has_data_file else WHOLE_CLUSTER_PARTS
+
+
+def _guest_data(
+    header: Header,
+    file: ImageFile,
+    data_file: DataFile | None,
+    writer: MetadataWriter,
+    overlaps: OverlapCheck,
+) -> GuestData:
+    if not header.has_data_file:
+        return GuestData(file, overlaps)
+    if data_file is None:
+        return ClosedDataFile(file)
+    writer.attach_data_file(data_file.flush)
+    return GuestData(data_file)

@@ -28,6 +28,8 @@ REFTABLE_RESERVED: Final = 0x1FF
 
 CLUSTER_BITS_MIN: Final = 9
 CLUSTER_BITS_MAX: Final = 21
+EXTENDED_L2_CLUSTER_BITS_MIN: Final = 14
+"""So that a subcluster, a 32nd of a cluster, is a sector at least."""
 REFCOUNT_ORDER_MAX: Final = 6
 L1_BYTES_MAX: Final = 32 * 1024 * 1024
 REFTABLE_BYTES_MAX: Final = 8 * 1024 * 1024
@@ -55,15 +57,21 @@ class Layout:
     cluster_bits: int
     refcount_order: int
     version: int
+    extended_l2: bool = False
+    """L2 entries have a second word, the bitmap of subclusters (subclusters.py)."""
 
     @property
     def cluster_size(self) -> int:
         return 1 << self.cluster_bits
 
     @property
+    def l2_entry_bytes(self) -> int:
+        return 16 if self.extended_l2 else 8
+
+    @property
     def l2_bits(self) -> int:
-        """log2 of the entries in an L2 table (8 bytes each, one cluster a table)."""
-        return self.cluster_bits - 3
+        """log2 of the entries in an L2 table (one cluster a table)."""
+        return self.cluster_bits - (4 if self.extended_l2 else 3)
 
     @property
     def refcount_bits(self) -> int:

@@ -20,7 +20,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
+from blockemu.drivers.qcow2.bitmap_directory import TABLE_ENTRIES_MAX
+from blockemu.drivers.qcow2.bitmap_table import ENTRY_RESERVED
 from blockemu.drivers.qcow2.entry_runs import CHUNK_ENTRIES, EntryReader, runs_of
+from blockemu.drivers.qcow2.l2_table import L2Table, read_l2
 from blockemu.drivers.qcow2.layout import (
     COMPRESSED,
     COPIED,
@@ -35,7 +38,6 @@ from blockemu.drivers.qcow2.layout import (
 from blockemu.drivers.qcow2.reference_counts import Allowance, ReferenceCounts
 from blockemu.drivers.qcow2.root_table import ENTRY_BYTES
 from blockemu.drivers.qcow2.table_lists import (
-    BITMAP_TABLE_ENTRIES_MAX,
     read_bitmaps,
     read_snapshots,
 )
@@ -55,8 +57,6 @@ UNALIGNED_TABLES_MAX: Final = 32
 _TABLE_PAGE_BITS = 10
 """L2 tables lie far apart: a page of their counts covers 64 MiB at 64 KiB clusters."""
 _NO_LIMIT = 1 << 62
-
-_BITMAP_RESERVED = 0xFF00_0000_0000_01FE
 
 
 class MetadataWalk:
@@ -87,6 +87,9 @@ class MetadataWalk:
         self.names_past_end = False
         """Something is named that the file doesn't have: it must not grow over that."""
         self.unaligned_zeroes = 0
+        """Clusters that aren't where one can be, and hold nothing."""
+        self.stray_bitmaps = 0
+        """Compressed clusters with a bitmap of subclusters, which they haven't."""
         self.allocated = self.fragmented = self.compressed = 0
         self._name = name
         self._header = header
@@ -178,10 +181,13 @@ class MetadataWalk:
         try:
             return await self._reader.read(offset, entries)
         except OSError as error:
-            reason = error.strerror or str(error)
-            self._findings.check_error(f"{what} at {offset:#x} can't be read: {reason}")
-            self.unreadable = True
+            self._unread(what, offset, error)
             return None
+
+    def _unread(self, what: str, offset: int, error: OSError) -> None:
+        reason = error.strerror or str(error)
+        self._findings.check_error(f"{what} at {offset:#x} can't be read: {reason}")
+        self.unreadable = True
 
     # --- L1 ---
 
@@ -256,23 +262,24 @@ class MetadataWalk:
     # --- L2 ---
 
     async def _l2_table(self, offset: int, *, active: int, weight: int) -> None:
-        words = await self._read(offset, self._size // ENTRY_BYTES, "the L2 table")
-        if words is None:
+        table = await self._read_l2(offset)
+        if table is None:
             return
+        self._wrong_bitmaps(table, weight)
         next_host = 0
-        for run in runs_of(words, self._size):
+        for run in runs_of(table.words, self._size):
             host = run.value & OFFSET_MASK
             if run.entries:
-                self._data_run(offset, run, weight)
+                self._data_run(table, run, weight)
                 entries = run.entries
             elif run.value & COMPRESSED:
-                self._compressed(offset, run, weight)
+                self._compressed(table, run, weight)
                 self.allocated += active
                 self.compressed += active
                 self.fragmented += active
                 continue
             else:
-                self._odd_entry(offset, run, weight)
+                self._odd_entry(table, run, weight)
                 entries = 1 if host else 0
             if entries:
                 self.allocated += active * entries
@@ -280,7 +287,27 @@ class MetadataWalk:
                     self.fragmented += active
                 next_host = host + entries * self._size
 
-    def _data_run(self, table: int, run: Run, weight: int) -> None:
+    async def _read_l2(self, offset: int) -> L2Table | None:
+        try:
+            return await read_l2(self._reader, self._layout, offset)
+        except OSError as error:
+            self._unread("the L2 table", offset, error)
+            return None
+
+    def _wrong_bitmaps(self, table: L2Table, weight: int) -> None:
+        for index in table.wrong_bitmaps():
+            assert table.bitmaps is not None
+            word = table.words[index]
+            what = "a compressed cluster" if word & COMPRESSED else "no host cluster"
+            if word & OFFSET_MASK and not word & COMPRESSED:
+                what = "subclusters that are allocated and zero at once"
+            self.stray_bitmaps += bool(word & COMPRESSED)
+            self._findings.corruption(
+                f"{_entry(table, index)} has the bitmap {table.bitmaps[index]:#018x} for {what}",
+                weight,
+            )
+
+    def _data_run(self, table: L2Table, run: Run, weight: int) -> None:
         first = (run.value & OFFSET_MASK) >> self._bits
         inside = min(max(self.file_clusters - first, 0), run.entries)
         if inside:
@@ -294,7 +321,7 @@ class MetadataWalk:
                 weight,
             )
 
-    def _compressed(self, table: int, run: Run, weight: int) -> None:
+    def _compressed(self, table: L2Table, run: Run, weight: int) -> None:
         where = _entry(table, run.at)
         if run.value & COPIED:
             self._findings.corruption(f"{where} is compressed and has COPIED set", weight)
@@ -303,7 +330,7 @@ class MetadataWalk:
         host = run.value & ((1 << (70 - self._bits)) - 1)
         self._refer(host, length, where, weight)
 
-    def _odd_entry(self, table: int, run: Run, weight: int) -> None:
+    def _odd_entry(self, table: L2Table, run: Run, weight: int) -> None:
         where = _entry(table, run.at)
         host = run.value & OFFSET_MASK
         if run.value & L2_RESERVED:
@@ -314,7 +341,10 @@ class MetadataWalk:
             self._findings.corruption(
                 f"{where} names host offset {host:#x}: not aligned to a cluster", weight
             )
-            self.unaligned_zeroes += bool(run.value & ZERO)
+            if self._layout.extended_l2:
+                self.unaligned_zeroes += not table.holds_data(run.at)
+            else:
+                self.unaligned_zeroes += bool(run.value & ZERO)
         self._refer(host, self._size, where, weight)
 
     # --- bitmaps ---
@@ -328,7 +358,7 @@ class MetadataWalk:
             await self._bitmap_table(table.offset, table.entries, f"{table.label}: its table")
 
     async def _bitmap_table(self, offset: int, entries: int, what: str) -> None:
-        if offset % self._size or entries > BITMAP_TABLE_ENTRIES_MAX:
+        if offset % self._size or entries > TABLE_ENTRIES_MAX:
             self._findings.corruption(f"{what} ({entries} entries at {offset:#x}) is not possible")
             return
         self._refer(offset, entries * ENTRY_BYTES, what)
@@ -339,7 +369,7 @@ class MetadataWalk:
             for index, entry in enumerate(words or ()):
                 host = entry & OFFSET_MASK
                 where = f"bitmap table entry at {offset + (start + index) * ENTRY_BYTES:#x}"
-                if entry & _BITMAP_RESERVED or (host and (host % self._size or entry & 1)):
+                if entry & ENTRY_RESERVED or (host and (host % self._size or entry & 1)):
                     self._findings.corruption(f"{where} is not possible: {entry:#x}")
                 elif host:
                     self._refer(host, self._size, where)
@@ -385,5 +415,5 @@ class MetadataWalk:
         self.rebuild = self.rebuild or line
 
 
-def _entry(table: int, index: int) -> str:
-    return f"L2 entry at {table + index * ENTRY_BYTES:#x}"
+def _entry(table: L2Table, index: int) -> str:
+    return f"L2 entry at {table.place(index):#x}"

@@ -12,6 +12,8 @@ with a flush of the file wherever a phase names what an earlier one wrote:
     [file flush] L1 table                a new L2 table's contents before the entry that names it
     [file flush]                         if the caller wants to know that all this is safe
 
+An external data file is flushed before the L2 tables, too, which name what was written to it.
+
 Phases with nothing to write are left out. New places of the L1 table, the refcount table or the
 header's other fields are rare and written by those who change them, with the same rule.
 
@@ -33,9 +35,12 @@ import errno
 from typing import TYPE_CHECKING, NamedTuple
 
 from blockemu.drivers.errors import io_error
-from blockemu.loop.sync import Mutex
+from blockemu.loop.sync import Mutex, gather
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from typing import Any
+
     from blockemu.drivers.qcow2.image_file import ImageFile
     from blockemu.drivers.qcow2.root_table import RootTable
     from blockemu.drivers.qcow2.table_cache import Capture, TableCache
@@ -75,6 +80,7 @@ class MetadataWriter:
         self.released: list[Reference] = []
         """Durably let go; refcount.py lowers their refcounts."""
         self._file = file
+        self._flush_data: Callable[[], Coroutine[Any, Any, None]] | None = None
         self._let_go: list[Reference] = []
         self._let_go_clusters = 0
         self._mutex = Mutex()
@@ -90,6 +96,10 @@ class MetadataWriter:
         self.reftable = reftable
         self.l2 = l2
         self.l1 = l1
+
+    def attach_data_file(self, flush: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """The guest's data lie in a file of their own: `flush` makes them durable."""
+        self._flush_data = flush
 
     def let_go(self, reference: Reference) -> None:
         """An entry that was changed just now named these clusters. Suspends: never."""
@@ -177,13 +187,22 @@ class MetadataWriter:
             await file.flush()
             await file.write_all(captured.reftable[0])
         if captured.l2.writes:
-            await file.flush()
+            await self._flush_both()
             await file.write_all(captured.l2.writes)
         if captured.l1[0]:
             await file.flush()
             await file.write_all(captured.l1[0])
-        if durable:
+        if durable and not captured.l2.writes:
+            await self._flush_both()
+        elif durable:
             await file.flush()
+
+    async def _flush_both(self) -> None:
+        """The image's file, and that of the guest's data if there is one."""
+        if self._flush_data is None:
+            await self._file.flush()
+        else:
+            await gather(self._flush_data(), self._file.flush())
 
     def _settle(self, captured: _Captured, *, failed: bool, durable: bool) -> None:
         self.blocks.settle(captured.blocks, failed=failed)

@@ -6,6 +6,11 @@ is what maps the whole disk, at least 1 MiB and at most 32: with 64 KiB clusters
 8 GiB of disk. It is a bound, and filled on demand; a daemon with many large images may grant less
 (metadata_budget.py). The refcount cache needs little: only allocation
 uses it.
+
+`overlap-check`: before what kinds of metadata the image is guarded (overlap_check.py): none,
+constant (what lies in one place), cached (also what is known without reading; the default) or all.
+`overlap-check.template` is another name for it; `overlap-check.main-header` and so on turn a single
+kind on or off.
 """
 
 from __future__ import annotations
@@ -13,8 +18,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blockemu.drivers.errors import ImageError
-from blockemu.drivers.options import take_bool, take_size
+from blockemu.drivers.options import take_bool, take_choice, take_dict, take_size
 from blockemu.drivers.qcow2.layout import CLUSTER_BITS_MIN, Layout, div_up
+from blockemu.drivers.qcow2.metadata_places import Structure
 from blockemu.drivers.qcow2.table_cache import SLICE_BYTES
 
 if TYPE_CHECKING:
@@ -28,6 +34,31 @@ L2_CACHE_MIN = 1024 * 1024
 L2_CACHE_MAX = 32 * 1024 * 1024
 REFCOUNT_CACHE_BYTES = 256 * 1024
 
+OVERLAP_CHECK = "overlap-check"
+STRUCTURES = {
+    "main-header": Structure.MAIN_HEADER,
+    "active-l1": Structure.ACTIVE_L1,
+    "active-l2": Structure.ACTIVE_L2,
+    "refcount-table": Structure.REFCOUNT_TABLE,
+    "refcount-block": Structure.REFCOUNT_BLOCK,
+    "snapshot-table": Structure.SNAPSHOT_TABLE,
+    "inactive-l1": Structure.INACTIVE_L1,
+    "inactive-l2": Structure.INACTIVE_L2,
+    "bitmap-directory": Structure.BITMAP_DIRECTORY,
+}
+"""QEMU's names."""
+_CONSTANT = frozenset({
+    Structure.MAIN_HEADER, Structure.ACTIVE_L1, Structure.REFCOUNT_TABLE,
+    Structure.SNAPSHOT_TABLE, Structure.BITMAP_DIRECTORY,
+})  # fmt: skip
+_ALL = frozenset(Structure)
+TEMPLATES = {
+    "none": frozenset[Structure](),
+    "constant": _CONSTANT,
+    "cached": _ALL - {Structure.INACTIVE_L2},
+    "all": _ALL,
+}
+
 
 class Options(NamedTuple):
     """Validated. Bytes."""
@@ -36,6 +67,7 @@ class Options(NamedTuple):
     refcount_cache_bytes: int
     slice_bytes: int
     pass_discard: bool
+    overlap_checks: frozenset[Structure]
 
 
 def take_options(
@@ -67,12 +99,40 @@ def take_options(
         refcount_bytes = REFCOUNT_CACHE_BYTES
     share.reserve(REFCOUNT_CACHE, refcount_bytes, least_bytes=refcount_bytes)
     if l2_bytes is None:
-        needed = div_up(size_bytes, layout.cluster_size) * 8
+        needed = div_up(size_bytes, layout.cluster_size) * layout.l2_entry_bytes
         wanted = min(max(needed, L2_CACHE_MIN), L2_CACHE_MAX)
         l2_bytes = share.reserve(L2_CACHE, wanted, least_bytes=L2_CACHE_MIN)
     else:
         share.reserve(L2_CACHE, l2_bytes, least_bytes=l2_bytes)
-    return Options(l2_bytes, refcount_bytes, min(slice_bytes, layout.cluster_size), pass_discard)
+    slice_bytes = min(slice_bytes, layout.cluster_size)
+    checks = take_overlap_checks(name, options)
+    return Options(l2_bytes, refcount_bytes, slice_bytes, pass_discard, checks)
+
+
+def take_overlap_checks(name: str, options: dict[str, Any]) -> frozenset[Structure]:
+    """What `overlap-check` and its parts ask for. Raises: ImageError."""
+    given = options.pop(OVERLAP_CHECK, None)
+    own: dict[str, Any] = given if isinstance(given, dict) else {}
+    options[OVERLAP_CHECK] = own
+    own = take_dict(name, options, OVERLAP_CHECK)
+    if given is not None and not isinstance(given, dict):
+        own_template = own.setdefault("template", given)
+        if own_template != given:
+            raise ImageError(
+                name,
+                f"'{OVERLAP_CHECK}' and '{OVERLAP_CHECK}.template' say two things:"
+                f" {given!r} and {own_template!r}",
+            )
+    chosen = set(TEMPLATES[take_choice(name, own, "template", tuple(TEMPLATES), "cached")])
+    for key, kind in STRUCTURES.items():
+        if take_bool(name, own, key, default=kind in chosen):
+            chosen.add(kind)
+        else:
+            chosen.discard(kind)
+    if own:
+        keys = ", ".join(f"'{OVERLAP_CHECK}.{key}'" for key in sorted(own))
+        raise ImageError(name, f"driver 'qcow2' has no option {keys}")
+    return frozenset(chosen)
 
 
 def _split(

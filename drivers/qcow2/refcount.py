@@ -5,8 +5,8 @@ A refcount block is created the first time that space in its range is wanted, in
 cluster of that range, so that it counts itself. When the refcount table can't name one more block,
 the table moves to the end of the file, half as large again.
 
-What is needed for tables is never taken, whatever the counts say (metadata_places.py), and an image
-whose counts say that is marked corrupt (corrupt_mark.py).
+What is needed for tables is never taken, whatever the counts say, and an image whose counts say
+that is marked corrupt (overlap_check.py).
 
 Three rules keep the on-disk state safe, together with metadata_writer.py:
 - a cluster that is taken is counted before anything names it (phase order);
@@ -31,13 +31,14 @@ from blockemu.drivers.qcow2.layout import (
     Layout,
     div_up,
 )
-from blockemu.drivers.qcow2.metadata_places import MetadataPlaces
+from blockemu.drivers.qcow2.metadata_places import Structure
 from blockemu.drivers.qcow2.metadata_writer import MetadataWriter, Reference
+from blockemu.drivers.qcow2.overlap_check import AS_FREE, BY_L2_ENTRY, OverlapCheck
 from blockemu.drivers.qcow2.root_table import ENTRY_BYTES, RootTable
 from blockemu.drivers.qcow2.table_cache import Slice, TableCache, disk_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterator
 
     from blockemu.drivers.qcow2.corrupt_mark import CorruptMark
     from blockemu.drivers.qcow2.damage import DamageLog
@@ -47,11 +48,35 @@ if TYPE_CHECKING:
 
 
 class Allocation(NamedTuple):
-    """Contiguous host clusters that count 1 now. `reads_zero`: nothing was ever written there."""
+    """Contiguous host clusters that count 1 now. `reads_zero`: nothing was ever written there.
+    `is_fresh`: they were never in use, for all we know."""
 
     first: int
     clusters: int
     reads_zero: bool
+    is_fresh: bool
+
+
+class _Runs:
+    """Many references to one cluster each, neighbours together: 16 bytes for each run."""
+
+    def __init__(self) -> None:
+        self._firsts = array("Q")
+        self._rest = array("Q")
+
+    def append(self, reference: Reference, cluster: int) -> None:
+        flags = reference.is_table << 1 | reference.discard
+        if self._firsts:
+            first, rest = self._firsts[-1], self._rest[-1]
+            if rest & 3 == flags and first + (rest >> 2) == cluster:
+                self._rest[-1] = rest + 4
+                return
+        self._firsts.append(cluster)
+        self._rest.append(4 | flags)
+
+    def __iter__(self) -> Iterator[Reference]:
+        for first, rest in zip(self._firsts, self._rest, strict=True):
+            yield Reference(first, rest >> 2, is_table=bool(rest & 2), discard=bool(rest & 1))
 
 
 class Refcounts:
@@ -69,6 +94,7 @@ class Refcounts:
         header: HeaderFile,
         damage: DamageLog,
         mark: CorruptMark,
+        overlaps: OverlapCheck,
         pass_discard: bool,
     ) -> None:
         self._layout = layout
@@ -82,12 +108,13 @@ class Refcounts:
         self._corrupt_mark = mark
         self._pass_discard = pass_discard
         self._emptied: list[int] = []
-        self._places = MetadataPlaces(
-            layout, header=header, writer=writer, end=div_up(file.length, layout.cluster_size)
-        )
+        self._postponed: _Runs | None = None
+        self._overlaps = overlaps
         self._slice_entries = width.entries(cache.slice_bytes)
-        self._search_from = 0
-        """No cluster before this one is free."""
+        self._first = 0 if overlaps.places.has(Structure.MAIN_HEADER) else 1
+        self._search_from = self._first
+        """No cluster before this one is free. The first, the header's, is never handed out: to an
+        entry, offset 0 is nowhere."""
         self.on_freed: Callable[[int], object] = lambda cluster: None
         """Told of each host cluster whose count has become 0."""
         self.used_end = div_up(file.length, layout.cluster_size)
@@ -160,11 +187,12 @@ class Refcounts:
             if end <= self._file.length:
                 break
             await self._cover(end)  # suspends: `found` must be looked up again
-        await self._refuse_metadata(cluster, count, "counted as free")
+        await self._refuse_change(cluster)
+        await self._overlaps.refuse(cluster, count, AS_FREE)
         self._width.set_ones(found.words, first, count)
         self._mark(found, first, count)
         self._search_from = cluster + count
-        return Allocation(cluster, count, self._take(cluster, count))
+        return self._allocation(cluster, count)
 
     async def allocate_contiguous(self, count: int) -> Allocation:
         """Take exactly `count` clusters in a row, for a table. Raises: OSError."""
@@ -180,10 +208,10 @@ class Refcounts:
             run += length
             cluster += length
         first = cluster - run
-        await self._refuse_metadata(first, count, "counted as free")
+        await self._overlaps.refuse(first, count, AS_FREE)
         await self._cover(cluster << self._layout.cluster_bits)
         await self._add(Reference(first, count), 1)
-        return Allocation(first, count, self._take(first, count))
+        return self._allocation(first, count)
 
     async def share_one(self, cluster: int) -> bool:
         """Count one more reference to a cluster in use. False, if its count is at its limit.
@@ -195,19 +223,17 @@ class Refcounts:
         await self._add(Reference(cluster, 1), 1)
         return True
 
-    async def _refuse_metadata(self, first: int, count: int, claim: str) -> None:
-        """Suspends: only if `claim` is made for the place of a table, to mark the image.
+    async def _refuse_change(self, cluster: int) -> None:
+        """A count is about to be changed. Suspends: only if its block is no block, to mark the
+        image. Raises: OSError(EIO) then."""
+        host = self._table.words[cluster >> self._layout.block_bits]
+        await self._overlaps.refuse_table(
+            Structure.REFCOUNT_BLOCK, host >> self._layout.cluster_bits
+        )
 
-        Raises: OSError(EIO) then.
-        """
-        found = self._places.first_in(first, count)
-        if found is not None:
-            self._places.forget()  # as it is now: the mark can't be taken back
-            found = self._places.first_in(first, count)
-        if found is not None:
-            error = self._damage.report(f"host cluster {found} is in use for metadata but {claim}")
-            await self._corrupt_mark.set()
-            raise error
+    def _allocation(self, first: int, count: int) -> Allocation:
+        is_fresh = first >= self.used_end
+        return Allocation(first, count, self._take(first, count), is_fresh)
 
     def _take(self, first: int, count: int) -> bool:
         fresh = first >= self.used_end
@@ -242,13 +268,20 @@ class Refcounts:
         """Create a refcount block in `cluster`, the first free one of its range."""
         size = self._layout.cluster_size
         host = cluster << self._layout.cluster_bits
-        await self._refuse_metadata(cluster, 1, "counted as free")
+        await self._overlaps.refuse(cluster, 1, AS_FREE)
+        entry = self._table.offset + block * ENTRY_BYTES
+        await self._overlaps.refuse_table(
+            Structure.REFCOUNT_TABLE, entry >> self._layout.cluster_bits
+        )
+        if cluster < self.used_end:
+            await self._overlaps.take_place(cluster)
         await self._cover(host + size)
         if not self._take(cluster, 1):
             await self._file.zero(host, size)
         found = await self._cache.insert_zeroed(host + self._slice_start(cluster))
         # From here on without suspending: a write-back sees all of it or nothing.
         self._table.put(block, host)
+        self._overlaps.places.add(Structure.REFCOUNT_BLOCK, cluster)
         index = cluster % self._slice_entries
         self._width.set_ones(found.words, index, 1)
         self._mark(found, index, 1)
@@ -276,6 +309,7 @@ class Refcounts:
     async def _share_some(self, cluster: int, count: int) -> int:
         """Those of a run that its first slice counts. Returns how many they are."""
         found = await self._load_counted(cluster)
+        await self._refuse_change(cluster)
         first = cluster % self._slice_entries
         stop = min(first + count, self._slice_entries)
         common = self._width.common(found.words, first, stop)
@@ -332,15 +366,29 @@ class Refcounts:
 
     def metadata_places(self) -> array[int]:
         """The host clusters of the tables, ascending, but for the L1 tables of snapshots."""
-        return self._places.without_snapshots()
+        return self._overlaps.places.without_snapshots()
 
     # --- giving back ---
+
+    def start_postponing(self) -> None:
+        """From now on what would become free stays taken: the image on the disk uses it still, and
+        these counts aren't its counts (shadow_tables.py). Nor does the header name a new table."""
+        self._postponed = _Runs()
+
+    def stop_postponing(self) -> Iterator[Reference]:
+        """What would have become free meanwhile; it has one reference still."""
+        postponed, self._postponed = self._postponed, None
+        self._search_from = self._first
+        return iter(postponed or ())
 
     async def release(self, reference: Reference) -> None:
         """Count down at once: for clusters that no entry names, in memory or on disk.
 
-        Never fails: what can't be counted down is leaked, and logged.
+        Never fails: what can't be counted down is leaked, and logged. In an image that is marked
+        corrupt, all stays taken.
         """
+        if self._corrupt_mark.is_set:
+            return
         try:
             await self._add(reference, -1)
         except OSError as error:
@@ -350,8 +398,7 @@ class Refcounts:
     async def apply_released(self) -> None:
         """Count down all that a flush has released since the last time.
 
-        What the guest discarded is handed back to the host first, while nobody can take it. In an
-        image that is marked corrupt, all stays taken.
+        What the guest discarded is handed back to the host first, while nobody can take it.
         """
         released = self._writer.released
         while released and not self._corrupt_mark.is_set:
@@ -373,9 +420,11 @@ class Refcounts:
     async def _add(self, reference: Reference, delta: int) -> None:
         cluster, end = reference.first, reference.first + reference.clusters
         if delta < 0 and not reference.is_table:
-            await self._refuse_metadata(cluster, reference.clusters, "named by an L2 entry")
+            await self._overlaps.refuse(cluster, reference.clusters, BY_L2_ENTRY)
+        postponed = self._postponed if delta < 0 else None
         while cluster < end:
             found = await self._load_counted(cluster)
+            await self._refuse_change(cluster)
             first = cluster % self._slice_entries
             stop = min(first + end - cluster, self._slice_entries)
             common = None
@@ -387,6 +436,9 @@ class Refcounts:
                 cluster += stop - first
                 continue
             for index in range(first, stop):
+                if postponed is not None and self._width.get(found.words, index) == 1:
+                    postponed.append(reference, cluster - first + index)
+                    continue
                 count = self._add_one(found, index, cluster - first + index, delta)
                 if not count and reference.discard and self._pass_discard:
                     self._emptied.append(cluster - first + index)
@@ -401,7 +453,7 @@ class Refcounts:
             raise self._damage.report(f"refcount of host cluster {cluster} would become {count}")
         self._width.set(found.words, index, count)
         if not count:
-            self._search_from = min(self._search_from, cluster)
+            self._search_from = max(min(self._search_from, cluster), self._first)
             self.on_freed(cluster)
         return count
 
@@ -411,7 +463,7 @@ class Refcounts:
         for cluster in range(reference.first, reference.first + reference.clusters):
             if not await self.get(cluster):
                 self._writer.l2.drop(cluster * size, size)
-                self._places.forget()
+                self._overlaps.places.remove(cluster)
 
     # --- a larger refcount table ---
 
@@ -425,7 +477,7 @@ class Refcounts:
         size, bits = self._layout.cluster_size, self._layout.cluster_bits
         table_clusters = len(words) * ENTRY_BYTES // size
         total = blocks + table_clusters
-        await self._refuse_metadata(cluster, total, "counted as free")
+        await self._overlaps.refuse(cluster, total, AS_FREE)
         await self._writer.flush()  # the old table has no dirty entries from here on
         host = cluster << bits
         await self._cover(host + total * size)
@@ -446,7 +498,8 @@ class Refcounts:
         old_clusters = len(old) * ENTRY_BYTES // size
         freed = Reference(self._table.offset >> bits, old_clusters, is_table=True)
         try:
-            await self._header.move_refcount_table(offset=offset, clusters=table_clusters)
+            if self._postponed is None:
+                await self._header.move_refcount_table(offset=offset, clusters=table_clusters)
         except BaseException:
             self._writer.stop("the refcount table's new place may not be in the header")
             raise

@@ -16,6 +16,7 @@ from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.qcow2.data_file_walk import DataFileWalk
 from blockemu.drivers.qcow2.disk_refcounts import BlockWidth
 from blockemu.drivers.qcow2.findings import Findings, say_nothing
 from blockemu.drivers.qcow2.layout import HOST_OFFSET_MAX, REFTABLE_BYTES_MAX, div_up
@@ -76,7 +77,8 @@ async def rebuild_refcounts(
 
     Raises: ImageError, OSError.
     """
-    walk = MetadataWalk(name, header, file, Findings(say_nothing), Allowance(name))
+    walk_class = DataFileWalk if header.has_data_file else MetadataWalk
+    walk = walk_class(name, header, file, Findings(say_nothing), Allowance(name))
     await walk.run()
     layout = header.layout
     old_length = file.length

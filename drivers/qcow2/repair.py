@@ -7,7 +7,9 @@ at all, stays as it is: what it should be, nobody knows.
 What a power cut in between leaves is never worse than what was there. Each step is durable before
 the next begins:
 
-1. Zero clusters whose preallocated place isn't aligned lose it: they read as zeroes as before.
+1. Zero clusters whose preallocated place isn't aligned lose it: they read as zeroes as before. So
+   do clusters none of whose subclusters is there. Compressed ones lose a bitmap of subclusters,
+   which nobody looks at.
 2. Refcounts that are too low are raised where they are. Where they can't be (a block is missing,
    not aligned, past the end, or lies over something else), all refcounts are written anew behind
    the end of the file, and the header is written last, in one sector, to name them: the old ones
@@ -26,19 +28,19 @@ import logging
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.qcow2.bitmap_directory import AUTOCLEAR_BITMAPS
 from blockemu.drivers.qcow2.check import Examination
 from blockemu.drivers.qcow2.compression import TYPE_NAMES
 from blockemu.drivers.qcow2.copied_flags import CopiedFlags
-from blockemu.drivers.qcow2.entry_runs import EntryReader, runs_of, write_entries
-from blockemu.drivers.qcow2.features import CORRUPT, DIRTY
+from blockemu.drivers.qcow2.entry_runs import EntryReader, runs_of
+from blockemu.drivers.qcow2.features import CORRUPT, DIRTY, RAW_DATA
 from blockemu.drivers.qcow2.findings import CheckResult, Findings, Say, say_nothing
 from blockemu.drivers.qcow2.header_file import HeaderFile, read_header
 from blockemu.drivers.qcow2.image_file import ImageFile
+from blockemu.drivers.qcow2.l2_table import L2Table, read_l2, write_l2
 from blockemu.drivers.qcow2.layout import COMPRESSED, OFFSET_MASK, SECTOR, ZERO
 from blockemu.drivers.qcow2.refcount_rebuild import Gaps, rebuild_refcounts
 from blockemu.drivers.qcow2.reference_counts import LARGE
-from blockemu.drivers.qcow2.root_table import ENTRY_BYTES
-from blockemu.drivers.qcow2.table_lists import AUTOCLEAR_BITMAPS
 
 if TYPE_CHECKING:
     from blockemu.drivers.child import BdrvChild
@@ -129,7 +131,8 @@ class _Repair:
 
     async def begin(self) -> None:
         """Before the first change: data that only others could keep right is theirs no more."""
-        await self.header_file.keep_autoclear(AUTOCLEAR_BITMAPS)
+        raw = RAW_DATA if self._header.has_data_file else 0
+        await self.header_file.keep_autoclear(AUTOCLEAR_BITMAPS | raw)
 
     async def run(self, repair: Repair) -> None:
         """Steps 1 to 4. Raises: ImageError, OSError."""
@@ -142,8 +145,9 @@ class _Repair:
                 )
             await self._adjust(raising=False)
             return
-        if self._examined.walk.unaligned_zeroes and self._header.version >= 3:
-            await self._drop_unaligned_zeroes()
+        walk = self._examined.walk
+        if (walk.unaligned_zeroes and self._header.version >= 3) or walk.stray_bitmaps:
+            await self._mend_entries()
             self.forget()
             await self._examine_again()
         if self._examined.walk.rebuild is not None:
@@ -169,23 +173,16 @@ class _Repair:
         self._examined = Examination(self._name, self._header, self._file, say=say_nothing)
         await self._examined.run()
 
-    async def _drop_unaligned_zeroes(self) -> None:
+    async def _mend_entries(self) -> None:
         reader = EntryReader(self._file)
-        size = self._header.cluster_size
+        size, layout = self._header.cluster_size, self._header.layout
         for cluster, _ in self._examined.walk.tables.counted():
             if not self._examined.walk.is_only_table(cluster):
                 continue
-            offset = cluster * size
-            words = await reader.read(offset, size // ENTRY_BYTES)
-            changed = []
-            for run in runs_of(words, size) if words is not None else ():
-                misplaced = run.value & OFFSET_MASK & (size - 1)
-                if not run.entries and misplaced and run.value & (ZERO | COMPRESSED) == ZERO:
-                    changed.append(run.at)
-            if words is not None and changed:
-                for index in changed:
-                    words[index] = ZERO
-                await write_entries(self._file, offset, words, changed)
+            table = await read_l2(reader, layout, cluster * size)
+            changed = _mend(table, size) if table is not None else []
+            if table is not None and changed:
+                await write_l2(self._file, table, changed)
         await self._file.flush()
 
     async def _fix_flags(self) -> None:
@@ -232,3 +229,24 @@ class _Repair:
         for start in range(0, len(new), SECTOR):
             if view[start : start + SECTOR] != old[start : start + SECTOR]:
                 await self._file.write(offset + start, view[start : start + SECTOR])
+
+
+def _mend(table: L2Table, cluster_size: int) -> list[int]:
+    """Step 1 on one table, in memory; the entries that are changed now."""
+    changed = []
+    for run in runs_of(table.words, cluster_size):
+        if run.entries:
+            continue
+        index, word = run.at, run.value
+        if word & COMPRESSED:
+            if table.bitmaps is not None and table.bitmaps[index]:
+                table.bitmaps[index] = 0
+                changed.append(index)
+        elif word & OFFSET_MASK & (cluster_size - 1):
+            if table.bitmaps is not None and not table.holds_data(index):
+                table.words[index] = 0
+                changed.append(index)
+            elif table.bitmaps is None and word & ZERO:
+                table.words[index] = ZERO
+                changed.append(index)
+    return changed

@@ -11,6 +11,9 @@ names it; the size comes last. A crash on the way leaves the old disk.
 tables that map nothing else; the size changes when that is durable. So a disk that grows again
 later finds nothing there, and after a crash on the way the disk has its old size and lacks some of
 what was to be cut off. The L1 table keeps its place and its length.
+
+An external data file is as long as the disk: longer before the disk is, shorter after it is. A raw
+one has all that is new mapped, as all the rest.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from array import array
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.errors import io_error
+from blockemu.drivers.qcow2.data_clusters import DataFileWriter
 from blockemu.drivers.qcow2.layout import L1_BYTES_MAX, OFFSET_MASK, SECTOR, div_up
 from blockemu.drivers.qcow2.metadata_writer import Reference
 from blockemu.drivers.qcow2.root_table import ENTRY_BYTES
@@ -61,6 +65,8 @@ async def _shrink(image: Image, length: int) -> None:
         await image.flush()
         await image.header_file.set_size(length)
         image.guest_writer.disk_bytes = length
+        if image.data_file is not None:
+            await image.data_file.set_disk_bytes(length)
     finally:
         image.locks.release(held)
 
@@ -92,14 +98,18 @@ async def _grow(image: Image, length: int) -> None:
     try:
         async with image.mutex:
             await _grow_l1(image, image.layout.l1_entries(length))
-        image.guest_writer.disk_bytes = length
         try:
+            if image.data_file is not None:
+                await image.data_file.set_disk_bytes(length)
+            image.guest_writer.disk_bytes = length
             await _zero_new(image, old, length)
             await image.flush()
             await image.header_file.set_size(length)
         except BaseException:
             image.guest_writer.disk_bytes = old
             image.header.size = old
+            if image.data_file is not None:
+                image.data_file.disk_bytes = old  # longer than that is no harm
             raise
     finally:
         image.locks.release(held)
@@ -110,6 +120,11 @@ async def _zero_new(image: Image, old: int, new: int) -> None:
     cluster_end = min(div_up(old, image.layout.cluster_size) * image.layout.cluster_size, new)
     if cluster_end > old:
         await image.guest_writer.write(old, memoryview(bytes(cluster_end - old)))
+    if image.data_file is not None and image.data_file.is_raw:
+        assert isinstance(image.guest_writer, DataFileWriter)
+        await image.data_file.write_zeroes(cluster_end, new - cluster_end, may_unmap=True)
+        size = image.layout.cluster_size
+        await image.guest_writer.map_all(div_up(cluster_end, size), div_up(new, size))
     backing = image.reader.backing
     if backing is not None and backing.length_bytes > cluster_end:
         end = min(new, backing.length_bytes)

@@ -43,6 +43,10 @@ class RootTable:
         self.words[index] = value
         self._dirty.add(index // self._granule_words)
 
+    def drop_changes(self) -> None:
+        """Nothing is dirty: all of the table is about to be written, or to be forgotten."""
+        self._dirty = set()
+
     def replace(self, words: array[int], *, offset: int) -> None:
         """The table has moved: the copy at `offset` is on disk, and the header names it."""
         assert not self._dirty

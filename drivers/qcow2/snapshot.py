@@ -3,24 +3,18 @@
 
 What a crash may leave is decided by one thing: the header's fixed fields lie in one sector, which
 is written as a whole. Each of the three prepares all that is new beside what is in use, has it
-durable, and then writes the header; only then does it let go of what is old.
+durable, and then writes the header; only then does it let go of what is old (shadow_tables.py).
 
-    create    counts of all that the active L1 table leads to: up, COPIED cleared;
-              a copy of the L1 table; a new snapshot table
-              -> header: snapshots_offset, nb_snapshots
-              the old snapshot table is freed
-    go to     counts of what the snapshot's L1 table leads to and the active one doesn't: up; a
-              copy of that L1 table
-              -> header: l1_table_offset, l1_size, size
-              counts of what the old L1 table alone led to: down; it is freed
-    delete    a new snapshot table
-              -> header: snapshots_offset, nb_snapshots
-              counts of what the snapshot's L1 table leads to: down; it and the old snapshot table
-              are freed; COPIED is set where what is left is ours alone
+    create    counts of all that the active L1 table leads to: up, in L2 tables with COPIED clear;
+              a copy of the L1 table for the snapshot
+    go to     counts of what the snapshot's L1 table leads to and the active one doesn't: up, and
+              of what the active one alone led to: down; a copy of the snapshot's L1 table
+    delete    counts of what the snapshot's L1 table leads to: down; L2 tables with COPIED set for
+              what is left and ours alone
 
-So before the header's write there is the old image, perhaps with leaks, and after it the new one,
-perhaps with leaks and flags that are clear though they could be set (tree_references.py). When the
-write itself fails nobody knows which of the two there is: no more metadata is written then.
+So before the header's write there is the old image, and after it the new one, perhaps with leaks.
+When the write itself fails nobody knows which of the two there is: no more metadata is written
+then.
 
 L1 tables are never changed in place, as QEMU does it when it goes to a snapshot: half of each is
 no disk. The price is one more L1 table for the time being.
@@ -30,7 +24,8 @@ own. It stays with its snapshot: an active L1 table that we make leaves it out, 
 snapshot. QEMU reads it from the snapshot.
 
 Clients wait as long as it takes: 6 ms for a GiB whose 64 KiB clusters lie in a row, and some 10 us
-for each cluster that doesn't lie behind its neighbour. Going back costs what differs.
+for each cluster that doesn't lie behind its neighbour. Going back costs what differs, and the
+copies of the refcount blocks.
 
 Context: home thread of the AioContext, alone with the image: it is drained, its direct map is gone,
 all guest clusters are locked, and the caller holds the metadata mutex.
@@ -44,14 +39,16 @@ from typing import TYPE_CHECKING
 
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.qcow2 import tree_references
-from blockemu.drivers.qcow2.layout import OFFSET_MASK, div_up, round_up
+from blockemu.drivers.qcow2.layout import COPIED, OFFSET_MASK, div_up
 from blockemu.drivers.qcow2.metadata_writer import Reference
 from blockemu.drivers.qcow2.root_table import ENTRY_BYTES
+from blockemu.drivers.qcow2.shadow_tables import prepared
 from blockemu.drivers.qcow2.snapshot_table import Snapshot, SnapshotTable, check_name, serialise
 from blockemu.drivers.qcow2.table_cache import disk_bytes, words_from
 
 if TYPE_CHECKING:
     from blockemu.drivers.qcow2.image import Image
+    from blockemu.drivers.qcow2.shadow_tables import ShadowTables
 
 NS_PER_S = 1_000_000_000
 DATE_SEC_MAX = 2**32 - 1
@@ -72,47 +69,37 @@ async def create(image: Image, name: str, *, now_ns: int) -> Snapshot:
             image.name, "its reference counts have one bit (refcount_bits=1), too few for snapshots"
         )
     await _settle(image)
-    entries = image.layout.l1_entries(image.header.size)
-    words = _disk_entries(image.l1.words, entries)
-    table = image.header_file.snapshots
-    try:
-        await tree_references.share(image, words)
-        for index in range(entries):
-            if image.l1.words[index] != words[index]:
-                image.l1.put(index, words[index])
-        return await _enter(image, name, words, now_ns)
-    except BaseException:
-        if not image.writer.is_stopped and image.header_file.snapshots is table:
-            await tree_references.mark_own(image, range(entries))
-        raise
-
-
-async def _enter(image: Image, name: str, words: array[int], now_ns: int) -> Snapshot:
-    """Write the copy of the L1 table and the snapshot table, once everything is shared."""
+    words = _disk_entries(image.l1.words, image.layout.l1_entries(image.header.size))
     before = image.header_file.snapshots
-    copy: Reference | None = None
-    try:
-        copy = await _write_l1(image, words)
-        seconds, nanoseconds = divmod(now_ns, NS_PER_S)
-        disk_size = image.header.size
-        made = Snapshot(
-            id=before.next_id(),
-            name=name,
-            l1_table_offset=copy.first << image.layout.cluster_bits,
-            l1_size=len(words),
-            disk_size=disk_size,
-            date_sec=min(seconds, DATE_SEC_MAX),
-            date_nsec=nanoseconds,
-            extra=bytes(8) + disk_size.to_bytes(8, "big") + bytes(_EXTRA_BYTES - 16),
-        )
-        await _move_table(image, (*before.entries, made))
-    except BaseException:
-        if not image.writer.is_stopped and image.header_file.snapshots is before:
-            if copy is not None:
-                await image.refcounts.release(copy)
-            await tree_references.drop(image, words)
-        raise
+    async with prepared(image) as tables:
+        bits = image.layout.cluster_bits
+        for index, entry in enumerate(words):
+            if entry:
+                words[index] = await tree_references.without_copied(image, tables, entry)
+                if words[index] != entry:
+                    tables.forget(Reference(entry >> bits, 1, is_table=True))
+        await tree_references.share(image, words)
+        active = image.l1.words[:] or words
+        active[: len(words)] = words
+        copy = await tables.write_new(disk_bytes(words))
+        made = _entry(image, name, copy.first << bits, len(words), now_ns)
+        await _switch(image, tables, active, (*before.entries, made))
     return made
+
+
+def _entry(image: Image, name: str, offset: int, entries: int, now_ns: int) -> Snapshot:
+    seconds, nanoseconds = divmod(now_ns, NS_PER_S)
+    disk_size = image.header.size
+    return Snapshot(
+        id=image.header_file.snapshots.next_id(),
+        name=name,
+        l1_table_offset=offset,
+        l1_size=entries,
+        disk_size=disk_size,
+        date_sec=min(seconds, DATE_SEC_MAX),
+        date_nsec=nanoseconds,
+        extra=bytes(8) + disk_size.to_bytes(8, "big") + bytes(_EXTRA_BYTES - 16),
+    )
 
 
 async def go_to(image: Image, snapshot: Snapshot) -> None:
@@ -127,29 +114,33 @@ async def go_to(image: Image, snapshot: Snapshot) -> None:
     size = snapshot.disk_size
     old = image.l1.words[:]
     new = _disk_entries(theirs, image.layout.l1_entries(size))
-    await tree_references.share(image, new, instead_of=old)
-    copy: Reference | None = None
-    try:
-        copy = await _write_l1(image, new)
-        await image.writer.flush()
-    except BaseException:
-        if copy is not None:
-            await image.refcounts.release(copy)
-        await tree_references.drop(image, new, instead=old)
-        raise
-    offset = copy.first << image.layout.cluster_bits
-    freed = _l1_clusters(image, image.l1.offset, len(old))
-    try:
-        await image.header_file.move_disk(offset=offset, entries=len(new), size=size)
-    except BaseException:
-        image.writer.stop("the disk's new L1 table may not be in the header")
-        raise
-    image.l1.replace(new, offset=offset)
-    image.guest_writer.disk_bytes = size
-    image.reader.forget_unpacked()
-    await tree_references.drop(image, old, instead=new)
-    if freed.clusters:
-        await image.refcounts.release(freed)
+    async with prepared(image) as tables:
+        copied = await _copy_flagged(image, tables, new, old)
+        await tree_references.share(image, new, instead_of=old)
+        await tree_references.drop(image, old, instead=new)
+        for index in copied:  # which the snapshot doesn't share
+            place = Reference(new[index] >> image.layout.cluster_bits, 1, is_table=True)
+            await image.refcounts.release(place)
+            new[index] |= COPIED
+        await tables.write_l1(new)
+        await tables.commit(size=size)
+        image.guest_writer.disk_bytes = size
+        image.reader.forget_unpacked()
+
+
+async def _copy_flagged(
+    image: Image, tables: ShadowTables, new: array[int], old: array[int]
+) -> list[int]:
+    """Where a snapshot's L2 table has COPIED set, which means nothing in a snapshot, have the disk
+    use a copy without. Returns the L1 indexes."""
+    copied = []
+    for index, entry in enumerate(new):
+        is_ours = index < len(old) and old[index] & OFFSET_MASK == entry
+        if entry and not is_ours:
+            new[index] = await tree_references.without_copied(image, tables, entry)
+            if new[index] != entry:
+                copied.append(index)
+    return copied
 
 
 async def delete(image: Image, snapshot: Snapshot) -> None:
@@ -161,14 +152,32 @@ async def delete(image: Image, snapshot: Snapshot) -> None:
     words = await _read_l1(image, snapshot)
     await _settle(image)
     rest = tuple(entry for entry in image.header_file.snapshots.entries if entry is not snapshot)
-    await _move_table(image, rest)
-    await tree_references.drop(image, words)
-    freed = _l1_clusters(image, snapshot.l1_table_offset, snapshot.l1_size)
-    if freed.clusters:
-        await image.refcounts.release(freed)
-    active = image.l1.words
-    shared = [index for index, entry in enumerate(words) if entry and index < len(active)]
-    await tree_references.mark_own(image, shared)
+    async with prepared(image) as tables:
+        await tree_references.drop(image, words)
+        freed = _l1_clusters(image, snapshot.l1_table_offset, snapshot.l1_size)
+        if freed.clusters:
+            tables.forget(freed)
+        active = image.l1.words[:]
+        shared = [index for index, entry in enumerate(words) if entry and index < len(active)]
+        await tree_references.mark_own(image, tables, active, shared)
+        await _switch(image, tables, active, rest)
+
+
+async def _switch(
+    image: Image, tables: ShadowTables, l1: array[int], entries: tuple[Snapshot, ...]
+) -> None:
+    """Have the header name all that is prepared, and a new table of these snapshots."""
+    await tables.write_l1(l1)
+    data = serialise(image.name, entries)
+    offset = 0
+    if data:
+        offset = (await tables.write_new(data)).first << image.layout.cluster_bits
+    old = image.header_file.snapshots
+    clusters = div_up(old.length, image.layout.cluster_size)
+    if clusters:
+        first = old.offset >> image.layout.cluster_bits
+        tables.forget(Reference(first, clusters, is_table=True))
+    await tables.commit(snapshots=SnapshotTable(offset, len(data), entries))
 
 
 async def _settle(image: Image) -> None:
@@ -186,49 +195,6 @@ def _disk_entries(words: array[int], entries: int) -> array[int]:
 def _l1_clusters(image: Image, offset: int, entries: int) -> Reference:
     clusters = div_up(entries * ENTRY_BYTES, image.layout.cluster_size)
     return Reference(offset >> image.layout.cluster_bits, clusters, is_table=True)
-
-
-async def _write_l1(image: Image, words: array[int]) -> Reference:
-    """A new L1 table in clusters of its own. Not durable yet."""
-    return await _write_new(image, disk_bytes(words))
-
-
-async def _write_new(image: Image, data: bytes) -> Reference:
-    clusters = div_up(len(data), image.layout.cluster_size)
-    taken = await image.refcounts.allocate_contiguous(clusters)
-    place = Reference(taken.first, clusters, is_table=True)
-    padded = data + bytes(round_up(len(data), image.file.granule) - len(data))
-    try:
-        await image.file.write(place.first << image.layout.cluster_bits, padded)
-    except BaseException:
-        await image.refcounts.release(place)
-        raise
-    return place
-
-
-async def _move_table(image: Image, entries: tuple[Snapshot, ...]) -> None:
-    """Have the header name a new table of these snapshots, and free the old one."""
-    data = serialise(image.name, entries)
-    place: Reference | None = None
-    try:
-        if data:
-            place = await _write_new(image, data)
-        await image.writer.flush()
-    except BaseException:
-        if place is not None:
-            await image.refcounts.release(place)
-        raise
-    offset = place.first << image.layout.cluster_bits if place is not None else 0
-    old = image.header_file.snapshots
-    try:
-        await image.header_file.move_snapshots(SnapshotTable(offset, len(data), entries))
-    except BaseException:
-        image.writer.stop("the snapshot table's new place may not be in the header")
-        raise
-    clusters = div_up(old.length, image.layout.cluster_size)
-    if clusters:
-        first = old.offset >> image.layout.cluster_bits
-        await image.refcounts.release(Reference(first, clusters, is_table=True))
 
 
 async def _read_l1(image: Image, snapshot: Snapshot) -> array[int]:

@@ -42,7 +42,7 @@ async def block_status(image: Image, offset: int, length: int) -> BlockStatus:
 
 async def _with_holes(image: Image, status: BlockStatus, host: int) -> BlockStatus:
     """What the file says of clusters that it may never have been given."""
-    child = image.file.child
+    child = image.data.file.child
     inside = min(status.length, child.length_bytes - host)
     if inside <= 0:
         return status._replace(zero=True)
@@ -53,7 +53,9 @@ async def _with_holes(image: Image, status: BlockStatus, host: int) -> BlockStat
 def _continues(first: Extent, following: Extent, covered: int) -> bool:
     if following.kind is not first.kind:
         return False
-    if first.kind in (Kind.DATA, Kind.ZERO_ALLOCATED):
+    if first.kind is Kind.UNALLOCATED and not (first.host and following.host):
+        return not first.host and not following.host
+    if first.kind in (Kind.DATA, Kind.ZERO_ALLOCATED, Kind.UNALLOCATED):
         return following.host == first.host + covered
     return True
 
@@ -61,16 +63,21 @@ def _continues(first: Extent, following: Extent, covered: int) -> bool:
 def _describe(image: Image, extent: Extent, offset: int, length: int) -> BlockStatus:
     kind = extent.kind
     zero = image.reader.reads_zero(extent, offset)
+    if kind is Kind.UNALLOCATED and extent.host:
+        return BlockStatus(
+            length, data=False, zero=zero, allocated=False, host_offset=extent.host,
+            file=image.file.child.node.filename,
+        )  # fmt: skip
     if kind is Kind.UNALLOCATED:
         return BlockStatus(length, data=False, zero=zero, allocated=False)
     if kind is Kind.DATA:
         return BlockStatus(
             length, data=True, zero=False, host_offset=extent.host,
-            file=image.file.child.node.filename,
+            file=image.data.node.filename,
         )  # fmt: skip
     if kind is Kind.ZERO_ALLOCATED:
         return BlockStatus(
             length, data=False, zero=True, host_offset=extent.host,
-            file=image.file.child.node.filename,
+            file=image.data.node.filename,
         )  # fmt: skip
     return BlockStatus(length, data=not zero, zero=zero)

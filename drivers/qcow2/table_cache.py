@@ -115,7 +115,7 @@ class TableCache:
         """For look-ups that must not suspend; whoever uses it calls `touch` on a hit."""
         self._file = file
         self._typecode = typecode
-        self._item_bytes = array(typecode).itemsize
+        self._item_bytes = self._entry_bytes()
         self._granule = min(file.granule, slice_bytes)
         self._granule_words = self._granule // self._item_bytes
         self._slices_max = max(bytes_max // slice_bytes, SLICES_MIN)
@@ -163,7 +163,7 @@ class TableCache:
                 await self._file.read(offset, memoryview(data))
                 if offset not in self._stale:
                     break
-            found = self.slices[offset] = Slice(offset, words_from(self._typecode, data))
+            found = self.slices[offset] = self._slice_from(offset, data)
             return found
         finally:
             del self._loading[offset]
@@ -180,8 +180,7 @@ class TableCache:
         done = self._loading[offset] = Future()
         try:
             await self._make_room()
-            found = Slice(offset, words_from(self._typecode, bytes(self.slice_bytes)))
-            self.slices[offset] = found
+            found = self.slices[offset] = self._slice_from(offset, bytes(self.slice_bytes))
             return found
         finally:
             del self._loading[offset]
@@ -203,6 +202,24 @@ class TableCache:
                 self._dirty.pop(start, None)
             if start in self._loading:
                 self._stale.add(start)
+
+    def forget_all(self) -> None:
+        """Forget every slice, changes included. Nothing is being loaded or written."""
+        assert not self._loading
+        self.slices.clear()
+        self._dirty = {}
+
+    # --- the form of an entry: one word, or as a subclass has it ---
+
+    def _entry_bytes(self) -> int:
+        return array(self._typecode).itemsize
+
+    def _slice_from(self, offset: int, data: bytes | bytearray) -> Slice:
+        return Slice(offset, words_from(self._typecode, data))
+
+    def _bytes_of(self, found: Slice, start: int, stop: int) -> bytes:
+        """Entries `[start, stop)` of a slice, as the file has them."""
+        return disk_bytes(found.words[start:stop])
 
     # --- write-back: called by metadata_writer.py ---
 
@@ -235,8 +252,8 @@ class TableCache:
             position += skip
             length = (~mask & (mask + 1)).bit_length() - 1
             mask >>= length
-            words = found.words[position * step : (position + length) * step]
-            runs.append((found.offset + position * self._granule, disk_bytes(words)))
+            data = self._bytes_of(found, position * step, (position + length) * step)
+            runs.append((found.offset + position * self._granule, data))
             position += length
         return runs
 

@@ -23,6 +23,7 @@ import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.qcow2.bitmap_directory import AUTOCLEAR_BITMAPS, BITMAPS_MAX
 from blockemu.drivers.qcow2.header import EXTENSION_BITMAPS, SNAPSHOT_ENTRY_MIN, Header
 from blockemu.drivers.qcow2.layout import round_up
 
@@ -30,16 +31,10 @@ if TYPE_CHECKING:
     from blockemu.drivers.qcow2.findings import Findings
     from blockemu.drivers.qcow2.image_file import ImageFile
 
-AUTOCLEAR_BITMAPS: Final = 1 << 0
-"""The bitmaps extension is consistent; without it, nobody may believe it."""
 SNAPSHOT_EXTRA_MIN: Final = 16
 """Extra data that version 3 demands."""
 SNAPSHOT_EXTRA_MAX: Final = 1024
 """QEMU's bound on it."""
-BITMAPS_MAX: Final = 65535
-"""QEMU's bound on bitmaps in an image, and ours on the walk over them."""
-BITMAP_TABLE_ENTRIES_MAX: Final = 1 << 27
-"""QEMU's bound on a bitmap table: 1 GiB of entries."""
 
 _SNAPSHOT = struct.Struct(">QIHHIIQII")
 _BITMAP = struct.Struct(">QIIBBHI")

@@ -6,11 +6,10 @@ that names the same L2 tables: they, and all that they name, get one more refere
 that leads to them. So the two trees share what neither has changed since, and whoever changes
 something copies it first, because COPIED is clear.
 
-COPIED must say, in what the active L1 table leads to, whether a refcount is exactly 1. Before
-something is shared it is cleared (`share`); when a snapshot is gone it is set where what is left
-is ours alone (`mark_own`). A crash between a count and its flag leaves a flag that is stale but
-harmless: clear, though the cluster is ours alone (a copy too many), or set, though a count is one
-too high for a reference that never came to be (a leak).
+COPIED must say, in what the active L1 table leads to, whether a refcount is exactly 1. When
+something is shared it is cleared (`without_copied`); when a snapshot is gone it is set where what
+is left is ours alone (`mark_own`). Counts and flags are those of tables that are prepared beside
+the ones in use (shadow_tables.py), so no crash comes between the two.
 
 When one L1 table takes the place of another, what both lead to in the same place keeps its count:
 it is left out on both sides (`instead_of`, `instead`). So that costs what differs, and needs no
@@ -34,6 +33,7 @@ from blockemu.loop.sync import yield_now
 
 if TYPE_CHECKING:
     from blockemu.drivers.qcow2.image import Image
+    from blockemu.drivers.qcow2.shadow_tables import ShadowTables
     from blockemu.drivers.qcow2.table_cache import Slice
 
 
@@ -47,38 +47,36 @@ class Run(NamedTuple):
 
 
 async def share(image: Image, words: array[int], *, instead_of: array[int] | None = None) -> None:
-    """Count one more reference to all that these L1 entries lead to, and clear COPIED there. What
-    `instead_of` leads to in the same place isn't counted.
+    """Count one more reference to all that these L1 entries lead to. What `instead_of` leads to in
+    the same place isn't counted.
 
-    Suspends: for tables. Raises: ImageError (a count is at its limit), OSError; then all counts are
-    as before, and flags that should be set may be clear (`mark_own`).
+    Suspends: for tables. Raises: ImageError (a count is at its limit), OSError; some counts are
+    higher then.
     """
-    done = 0
-    try:
-        for entry, other in _pairs(words, instead_of):
-            if not _same(entry, other):
-                await _share_table(image, _table(image, entry), other)
-            done += 1
-    except BaseException:
-        await drop(image, words[:done], instead=instead_of)
-        raise
+    for entry, other in _pairs(words, instead_of):
+        if not _same(entry, other):
+            table = _table(image, entry)
+            for reference in await _references(image, table, other):
+                await image.refcounts.share(reference)
+            await image.refcounts.share(_reference(image, table))
 
 
-async def _share_table(image: Image, table: int, other: int) -> None:
-    references = await _references(image, table, other)
+async def without_copied(image: Image, tables: ShadowTables, entry: int) -> int:
+    """An L2 table that holds what that of an L1 entry holds, COPIED clear: itself, or a copy.
+
+    Returns its host offset. Suspends: for tables. Raises: OSError.
+    """
+    table = _table(image, entry)
     for start in _slices(image, table):
-        _clear_copied(image, await image.l2.load(start))
-    own = Reference(table >> image.layout.cluster_bits, 1, is_table=True)
-    references.append(own)
-    done = 0
-    try:
-        for reference in references:
-            await image.refcounts.share(reference)
-            done += 1
-    except BaseException:
-        for reference in references[:done]:
-            await image.refcounts.release(reference)
-        raise
+        if max((await image.l2.load(start)).words) >= COPIED:
+            break
+    else:
+        return table
+    copy = await tables.copy_table(table)
+    for start in _slices(image, copy):
+        found = await image.l2.load(start)
+        _replace(image, found, array("Q", [word & ~COPIED for word in found.words]))
+    return copy
 
 
 async def drop(image: Image, words: array[int], *, instead: array[int] | None = None) -> None:
@@ -88,7 +86,6 @@ async def drop(image: Image, words: array[int], *, instead: array[int] | None = 
 
     Never fails: what can't be counted down is leaked, and logged. Suspends: for tables.
     """
-    tables = []
     for entry, other in _pairs(words, instead):
         if _same(entry, other):
             continue
@@ -100,39 +97,44 @@ async def drop(image: Image, words: array[int], *, instead: array[int] | None = 
             continue
         for reference in references:
             await image.refcounts.release(reference._replace(discard=True))
-        await image.refcounts.apply_released()
-        tables.append(table)
-    for table in tables:  # only now: each makes the places of metadata be looked up again
-        first = table >> image.layout.cluster_bits
-        await image.refcounts.release(Reference(first, 1, is_table=True, discard=True))
-    await image.refcounts.apply_released()
+        await image.refcounts.release(_reference(image, table)._replace(discard=True))
 
 
-async def mark_own(image: Image, indexes: Iterable[int]) -> None:
-    """Set COPIED to what the counts say, in these active L1 entries and their L2 tables.
+async def mark_own(
+    image: Image, tables: ShadowTables, words: array[int], indexes: Iterable[int]
+) -> None:
+    """Set COPIED to what the counts say, in these active L1 entries and their L2 tables, or in
+    copies of them. `words`, all the entries, are changed in place.
 
-    Never fails: a flag that stays clear costs a copy. Suspends: for tables.
+    Suspends: for tables. Raises: OSError of the file. A table that is damaged is left as it is.
     """
     for index in indexes:
-        entry = image.l1.words[index]
-        if not entry:
+        if not words[index]:
             continue
         try:
-            table = _table(image, entry)
+            table = _table(image, words[index])
             own = bool(await image.refcounts.own(table >> image.layout.cluster_bits, 1))
-            wanted = entry | COPIED if own else entry & ~COPIED
-            if wanted != entry:
-                image.l1.put(index, wanted)
-            if own:  # else all that it names is shared, too
-                await _mark_own_entries(image, table)
+            flagged = await _flagged(image, table) if own else None
         except OSError as error:
             image.damage.report(f"L1 entry {index}: COPIED flags stay clear: {error}")
+            continue
+        if flagged is not None:
+            tables.forget(_reference(image, table))
+            table = await tables.copy_table(table)
+            for start, slice_words in zip(_slices(image, table), flagged, strict=True):
+                _replace(image, await image.l2.load(start), slice_words)
+        # All that a shared table names is shared, too.
+        words[index] = table | COPIED if own else table
 
 
-async def _mark_own_entries(image: Image, table: int) -> None:
+async def _flagged(image: Image, table: int) -> list[array[int]] | None:
+    """The slices of an L2 table with COPIED as the counts say; None, if they are right already."""
+    result: list[array[int]] = []
+    differs = False
     for start in _slices(image, table):
         found = await image.l2.load(start)
         words, found_runs = found.words[:], runs(image, found, found.words)
+        before = found.words[:]
         for first, reference, is_compressed in found_runs:
             if is_compressed:
                 continue
@@ -142,8 +144,10 @@ async def _mark_own_entries(image: Image, table: int) -> None:
             for step in own:
                 flagged[step] |= COPIED
             words[first:end] = array("Q", flagged)
-        _replace(image, await image.l2.load(start), words)
+        result.append(words)
+        differs = differs or words != before
         await yield_now()
+    return result if differs else None
 
 
 async def _references(image: Image, table: int, other: int) -> list[Reference]:
@@ -215,16 +219,15 @@ def runs(image: Image, found: Slice, words: array[int]) -> list[Run]:
     return result
 
 
-def _clear_copied(image: Image, found: Slice) -> None:
-    if max(found.words) >= COPIED:
-        _replace(image, found, array("Q", [word & ~COPIED for word in found.words]))
-
-
 def _replace(image: Image, found: Slice, words: array[int]) -> None:
     """Flags differ at most, so nothing is let go."""
     if found.words != words:
         found.words[:] = words
         image.l2.mark_dirty(found, 0, len(words))
+
+
+def _reference(image: Image, table: int) -> Reference:
+    return Reference(table >> image.layout.cluster_bits, 1, is_table=True)
 
 
 def _slices(image: Image, table: int) -> range:

@@ -82,6 +82,7 @@ CASES: dict[str, Callable[[Path], Options]] = {
     "qcow2-512": lambda folder: _qcow2(folder, cluster_size=512),
     "qcow2-512-direct": lambda folder: _qcow2(folder, direct=True, cluster_size=512),
     "qcow2-2M": lambda folder: _qcow2(folder, cluster_size="2M"),
+    "qcow2-subclusters": lambda folder: _qcow2(folder, backed=True, extended_l2="on"),
     "qcow2-backed": lambda folder: _qcow2(folder, backed=True),
     "qcow2-backed-4k": lambda folder: _qcow2(folder, backed=True, cluster_size=4096),
     "qcow2-v2-backed": lambda folder: _qcow2(folder, backed=True, compat="0.10"),

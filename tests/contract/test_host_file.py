@@ -2,8 +2,9 @@
 """What every host file promises, whichever engine opened it.
 
 Engines: page cache on a disk filesystem (with reads on the spot, and with workers only), page cache
-on tmpfs, O_DIRECT by Linux AIO and by workers, and memory (at once, and with latency on a virtual
-clock). An engine that this machine's filesystems can't have is skipped with the reason.
+on tmpfs, the same two for copying (bulk), O_DIRECT by Linux AIO and by workers, and memory (at
+once, and with latency on a virtual clock). An engine that this machine's filesystems can't have is
+skipped with the reason.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ ENGINES = [
     "page-cache",
     "page-cache-workers",
     "page-cache-tmpfs",
+    "page-cache-bulk",
+    "page-cache-bulk-tmpfs",
     "direct-native",
     "direct-native-io-getevents",
     "direct-threads",
@@ -96,7 +99,7 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
         _forbid_user_ring(ctx, request)
     bench = Bench(
         ctx,
-        PosixFiles(inline=name != "page-cache-workers"),
+        PosixFiles(inline=name != "page-cache-workers", bulk="bulk" in name),
         folder,
         direct=name.startswith("direct"),
         aio="native" if "native" in name else "threads",
@@ -283,11 +286,11 @@ def test_writes_inline_never_stays_pending(bench: Bench) -> None:
     file = bench.open(bench.make("a", bytes(BLOCK)))
     called: list[int] = []
     result = file.start_write(0, aligned(bytes(BLOCK)), called.append)
-    if file.writes_inline:
+    if result is not None:
         assert result == BLOCK
         assert called == []
     else:
-        assert result is None
+        assert not file.writes_inline
         while not called:
             bench.ctx.poll(blocking=True)
         assert called == [BLOCK]

@@ -13,10 +13,11 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from tests.e2e.raw_nbd import (
     CMD_FLUSH,
+    CMD_TRIM,
     CMD_WRITE,
     CMD_WRITE_ZEROES,
     FLAG_FUA,
@@ -57,19 +58,30 @@ def sector_generations(block: int, content: bytes, *, zeroes: int) -> list[int]:
     return found
 
 
+class ReadsDisk(Protocol):
+    """A client, or an image that has been copied out."""
+
+    def read(self, offset: int, length: int) -> bytes: ...
+
+
 class InFlight(NamedTuple):
     """A write that hasn't been answered yet."""
 
     blocks: range
     generations: list[int]
     fua: bool
+    is_trim: bool = False
+    """What it leaves, zeroes or what was there, nobody promises."""
 
 
 class BlockWriter:
     """Random writes over one export, and the bookkeeping of what must have survived."""
 
-    def __init__(self, blocks: int, rng: random.Random) -> None:
+    def __init__(self, blocks: int, rng: random.Random, *, trims_share: float = 0.0) -> None:
         self.blocks = blocks
+        self.trims_share = trims_share
+        # With all in flight there must be room for one more.
+        self._run_blocks_max = min(RUN_BLOCKS_MAX, blocks // (2 * DEPTH))
         self.sent = [0] * blocks
         self.acknowledged = [0] * blocks
         self.flushed = [0] * blocks
@@ -102,7 +114,7 @@ class BlockWriter:
         busy = {block for write in self._in_flight.values() for block in write.blocks}
         while True:
             start = self._rng.randrange(self.blocks)
-            length = min(self._rng.randint(1, RUN_BLOCKS_MAX), self.blocks - start)
+            length = min(self._rng.randint(1, self._run_blocks_max), self.blocks - start)
             blocks = range(start, start + length)
             if busy.isdisjoint(blocks):
                 return blocks
@@ -115,7 +127,12 @@ class BlockWriter:
         offset, length = blocks.start * BLOCK_BYTES, len(blocks) * BLOCK_BYTES
         fua = self._rng.random() < FUA_SHARE
         flags = FLAG_FUA if fua else 0
-        if self._rng.random() < ZEROES_SHARE:
+        is_trim = self._rng.random() < self.trims_share
+        if is_trim:
+            cookie = client.send(CMD_TRIM, offset, length)
+            for block in blocks:
+                self.zeroed[block].add(self.sent[block])
+        elif self._rng.random() < ZEROES_SHARE:
             flags |= self._rng.choice([0, FLAG_NO_HOLE])
             cookie = client.send(CMD_WRITE_ZEROES, offset, length, flags=flags)
             for block in blocks:
@@ -124,14 +141,14 @@ class BlockWriter:
             pairs = zip(blocks, generations, strict=True)
             data = b"".join(block_content(block, generation) for block, generation in pairs)
             cookie = client.send(CMD_WRITE, offset, length, flags=flags, payload=data)
-        self._in_flight[cookie] = InFlight(blocks, generations, fua)
+        self._in_flight[cookie] = InFlight(blocks, generations, fua, is_trim)
 
     def _take_reply(self, client: RawNbd) -> None:
         self._account(client.reply())
 
     def _account(self, reply: Reply) -> None:
-        blocks, generations, fua = self._in_flight.pop(reply.cookie)
-        if reply.error != NBD_OK:
+        blocks, generations, fua, is_trim = self._in_flight.pop(reply.cookie)
+        if reply.error != NBD_OK or is_trim:
             return
         for block, generation in zip(blocks, generations, strict=True):
             self.acknowledged[block] = generation
@@ -152,7 +169,7 @@ class BlockWriter:
         self.acknowledged = list(generations)
         self.flushed = list(generations)
 
-    def find_generations(self, client: RawNbd, at_least: list[int]) -> list[int]:
+    def find_generations(self, client: ReadsDisk, at_least: list[int]) -> list[int]:
         """Read every block; each sector's generation lies between `at_least` and the last one sent.
 
         A block that was being written may be a mix of both, sector by sector: its lowest counts.

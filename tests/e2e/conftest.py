@@ -103,3 +103,16 @@ def direct_dir(tmp_path: Path) -> Path:
     if not takes_direct_io(tmp_path):
         pytest.skip(f"the filesystem of {tmp_path} doesn't take O_DIRECT")
     return tmp_path
+
+
+@pytest.fixture
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """On the kind of filesystem that the test's parameter says."""
+    where, cache = request.param
+    if cache == "direct" and not takes_direct_io(tmp_path):
+        pytest.skip(f"the filesystem of {tmp_path} doesn't take O_DIRECT")
+    if where == "disk":
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as made:
+        yield Path(made)

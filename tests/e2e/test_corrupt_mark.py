@@ -41,7 +41,7 @@ def test_clients_of_an_image_that_turns_out_damaged_read_on_and_write_no_more(
             said = client.run("read -P 8 0 4k", attempt, check=False)
             assert "Input/output error" in said, said
         client.run("read -P 8 0 4k", "read -P 7 4k 60k", "read -P 6 64k 64k", "read -P 0 1M 64k")
-    assert "in use for metadata but counted as free" in daemon.stderr
+    assert "holds the active L1 table but is counted as free" in daemon.stderr
     assert f"blockemu img check -r all {image}" in daemon.stderr
     assert "Traceback" not in daemon.stderr
     assert QemuImg.info(image)["format-specific"]["data"]["corrupt"] is True

@@ -63,6 +63,13 @@ VARIANTS = {
     "compressed": Variant(4 * MIB, 64 * KIB, compressed=True),
     "snapshot": Variant(4 * MIB, 64 * KIB, snapshot=True),
     "snapshot-small-clusters-direct": Variant(3 * MIB, 2 * KIB, snapshot=True, cache="direct"),
+    "subclusters": Variant(8 * MIB + 512, 64 * KIB, {"extended_l2": "on"}),
+    "subclusters-direct": Variant(6 * MIB, 16 * KIB, {"extended_l2": "on"}, cache="direct"),
+    "subclusters-snapshot": Variant(4 * MIB, 32 * KIB, {"extended_l2": "on"}, snapshot=True),
+    "subclusters-compressed": Variant(4 * MIB, 64 * KIB, {"extended_l2": "on"}, compressed=True),
+    "subclusters-with-base": Variant(
+        6 * MIB, 128 * KIB, {"extended_l2": "on"}, backing=(("qcow2", 5 * MIB + 512),)
+    ),
     "raw-base": Variant(6 * MIB, 64 * KIB, backing=(("raw", 6 * MIB),)),
     "short-raw-base": Variant(6 * MIB, 16 * KIB, backing=(("raw", 3 * MIB + 777),)),
     "long-qcow2-base-direct": Variant(
@@ -73,6 +80,12 @@ VARIANTS = {
     ),
     "version-2-with-base": Variant(
         4 * MIB, 16 * KIB, {"compat": "0.10"}, backing=(("qcow2", 3 * MIB),)
+    ),
+    "data-file-with-base": Variant(
+        4 * MIB + 512, 4 * KIB, {"data_file": "top.data"}, backing=(("raw", 3 * MIB),)
+    ),
+    "raw-data-file-direct": Variant(
+        4 * MIB + 512, 64 * KIB, {"data_file": "top.data", "data_file_raw": "on"}, cache="direct"
     ),
 }
 
@@ -106,6 +119,8 @@ def make_chain(folder: Path, variant: Variant, rng: random.Random) -> tuple[Path
         below = image, fmt
     top = folder / "top.qcow2"
     options = {"cluster_size": variant.cluster_bytes, **variant.options}
+    if "data_file" in options:
+        options["data_file"] = str(folder / options["data_file"])
     base, base_fmt = below or (None, None)
     QemuImg.create(top, variant.size_bytes, options=options, backing=base, backing_fmt=base_fmt)
     content = content[: variant.size_bytes].ljust(variant.size_bytes, b"\0")

@@ -13,10 +13,9 @@ from __future__ import annotations
 import os
 import random
 import socket
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from blockemu.daemon import Daemon
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.coroutine import Task
 from blockemu.loop.iothread import IOThread
-from tests.e2e.conftest import takes_direct_io
 from tests.e2e.disk_model import DiskModel, divide
 from tests.e2e.graph_verbs import Graph, change, check_everything
 from tests.e2e.verified_load import STALL_S, Stalled, VerifiedClient, VerifiedLoad
@@ -50,19 +48,6 @@ SERVED = [
     ("qcow2", "writeback", "memory"),
     ("qcow2", "direct", "disk"),
 ]
-
-
-@pytest.fixture
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """On the kind of filesystem that the test's parameter says."""
-    where, cache = request.param
-    if cache == "direct" and not takes_direct_io(tmp_path):
-        pytest.skip(f"the filesystem of {tmp_path} doesn't take O_DIRECT")
-    if where == "disk":
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as made:
-        yield Path(made)
 
 
 def make_image(folder: Path, fmt: str, rng: random.Random) -> tuple[Path, bytes]:

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import takes_direct_io
 from tests.e2e.disk_model import DiskModel, divide
 from tests.e2e.verified_load import VerifiedClient, VerifiedLoad
 from tests.peers.blockemu import BlockemuDaemon
@@ -52,19 +51,6 @@ SERVED = [
     ("qcow2", "writeback", "memory"),
     ("qcow2", "direct", "disk"),
 ]
-
-
-@pytest.fixture
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """On the kind of filesystem that the test's parameter says."""
-    where, cache = request.param
-    if cache == "direct" and not takes_direct_io(tmp_path):
-        pytest.skip(f"the filesystem of {tmp_path} doesn't take O_DIRECT")
-    if where == "disk":
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as made:
-        yield Path(made)
 
 
 @pytest.fixture

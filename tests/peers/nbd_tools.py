@@ -28,6 +28,23 @@ class NbdInfo:
         return export
 
     @staticmethod
+    def dirty_ranges(uri: str, bitmap: str) -> list[tuple[int, int]]:
+        """``--map`` of QEMU's meta context of a dirty bitmap: (offset, length) of what is dirty,
+        neighbours as one."""
+        context = f"qemu:dirty-bitmap:{bitmap}"
+        listing = run_tool(["nbdinfo", f"--map={context}", "--json", uri]).stdout
+        found: list[tuple[int, int]] = []
+        for extent in json.loads(listing):
+            offset, length = extent["offset"], extent["length"]
+            if not extent["type"]:
+                continue
+            if found and sum(found[-1]) == offset:
+                offset, length = found[-1][0], found[-1][1] + length
+                found.pop()
+            found.append((offset, length))
+        return found
+
+    @staticmethod
     def export_names(uri: str) -> list[str]:
         """``--list``."""
         listing = run_tool(["nbdinfo", "--no-content", "--list", "--json", uri]).stdout

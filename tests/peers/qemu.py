@@ -185,8 +185,10 @@ class QemuNbd(ServerProcess):
         export: str = "",
         read_only: bool = False,
         shared: int = 0,
+        bitmap: str | None = None,
     ) -> None:
         command = ["qemu-nbd", "-t", "-f", fmt, "-x", export, "-e", str(shared), "--discard=unmap"]
+        command += ["-B", bitmap] if bitmap is not None else []
         command += ["--detect-zeroes=off", *(["-r"] if read_only else []), str(image)]
         super().__init__(command, socket_path=socket_path, export=export)
 

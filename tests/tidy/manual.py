@@ -44,8 +44,15 @@ def command_tree(command: click.Command) -> Command:
         for parameter in command.get_params(context)
         if isinstance(parameter, click.Option) and not parameter.hidden
     )
-    subcommands = command.commands if isinstance(command, click.Group) else {}
-    return Command(options, {name: command_tree(sub) for name, sub in subcommands.items()})
+    names = command.list_commands(context) if isinstance(command, click.Group) else []
+    return Command(options, {name: command_tree(_get(command, name)) for name in names})
+
+
+def _get(group: click.Command, name: str) -> click.Command:
+    assert isinstance(group, click.Group)
+    command = group.get_command(click.Context(group), name)
+    assert command is not None, name
+    return command
 
 
 def walk(command: Command, name: str = "blockemu") -> Iterator[tuple[str, Command]]:

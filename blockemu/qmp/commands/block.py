@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockemu.img.info import image_info
 from blockemu.qmp.command import Command, Session
+from blockemu.qmp.commands.bitmap import describe_bitmaps
 from blockemu.qmp.schema import NoArguments
 
 if TYPE_CHECKING:
@@ -26,7 +27,13 @@ async def query_named_block_nodes(
 ) -> list[dict[str, Any]]:
     """Every node of the graph, newest first."""
     nodes = reversed(list(session.daemon.opener.nodes.values()))
-    return [describe_node(node, flat=arguments.flat) for node in nodes]
+    found = []
+    for node in list(nodes):
+        facts = describe_node(node, flat=arguments.flat)
+        if bitmaps := await describe_bitmaps(node):
+            facts["dirty-bitmaps"] = bitmaps
+        found.append(facts)
+    return found
 
 
 def describe_node(node: BlockDriverState, *, flat: bool) -> dict[str, Any]:

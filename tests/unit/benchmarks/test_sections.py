@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import iothreads, isolation_report
+from benchmarks import allocation, img_tools, iothreads, isolation_report
 from benchmarks.contestants import OURS
 from benchmarks.iothreads import BOTH, FIRST, SECOND, TWO_DAEMONS
 from benchmarks.isolation import TURNS
@@ -134,3 +134,51 @@ def test_options_choose_the_parts(words: list[str], parts: list[str]) -> None:
 
 def test_python_only_has_targets_of_its_own() -> None:
     assert choose_targets(parse_arguments(["--python-only"])) is PYTHON_TARGETS
+
+
+def grown(server: str, iops: float, turn: int = 0) -> allocation.Sample:
+    """One measurement of allocating writes."""
+    return allocation.Sample("qcow2-direct", "randwrite-4k-d16", server, turn, iops, 50, 1.5)
+
+
+def test_allocating_writes_are_judged_by_the_better_of_the_others_in_each_round() -> None:
+    samples = [grown(OURS, 100), grown("qsd-threads", 50), grown("qsd-io_uring", 80)]
+    samples += [grown(OURS, 100, 1), grown("qsd-threads", 160, 1), grown("qsd-io_uring", 20, 1)]
+    assert allocation.ratios(samples) == [1.25, 0.625]
+    assert allocation.ratios(samples, "qsd-io_uring") == [1.25, 5]
+    [verdict] = allocation.judge_allocation(samples)
+    assert not verdict.reached
+
+
+def test_allocating_writes_need_a_peer_in_the_round() -> None:
+    assert allocation.judge_allocation([grown(OURS, 1), grown("qsd-threads", 1, turn=1)]) == []
+
+
+def test_allocating_writes_table_shows_host_bytes() -> None:
+    text = text_section(allocation.allocation_section([grown(OURS, 100), grown("qsd-native", 90)]))
+    assert "1.50" in text
+    assert "1.11x" in text
+
+
+def img(command: str, program: str, wall_ms: float, turn: int = 0) -> img_tools.Sample:
+    """One run of one command."""
+    return img_tools.Sample(command, program, turn, wall_ms, wall_ms, 20.0)
+
+
+def test_img_commands_are_judged_round_by_round() -> None:
+    check, theirs = img_tools.CHECK, img_tools.THEIRS
+    samples = [img(check, OURS, 30), img(check, theirs, 10)]
+    samples += [img(check, OURS, 80, 1), img(check, theirs, 20, 1), img(check, OURS, 9, 2)]
+    assert img_tools.ratios(samples, check) == [3.0, 4.0]
+    [verdict] = img_tools.judge_img(samples)
+    assert not verdict.reached
+    assert "3.50x" in text_section(img_tools.img_section(samples))
+
+
+def test_img_opening_is_judged_without_the_start_of_python() -> None:
+    opening = img_tools.OPENS[0]
+    start = img(img_tools.START, img_tools.FLOOR, 40)
+    time, memory = img_tools.judge_img([img(opening, OURS, 120), start])
+    assert (time.found, time.reached, memory.reached) == ("80 ms", True, True)
+    time, _ = img_tools.judge_img([img(opening, OURS, 160), start])
+    assert not time.reached

@@ -14,7 +14,10 @@ from blockemu.cli import cli
 def commands(command: click.Command, path: str) -> dict[str, click.Command]:
     found = {path: command}
     if isinstance(command, click.Group):
-        for name, child in command.commands.items():
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            child = command.get_command(context, name)
+            assert child is not None
             found.update(commands(child, f"{path} {name}"))
     return found
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The zoo of images, made once."""
+"""The zoo of images, made once; and a folder to make others in."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
@@ -17,3 +19,11 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Animal]:
     found = make_zoo(tmp_path_factory.mktemp("zoo"))
     assert set(found) == set(ZOO)
     return found
+
+
+@pytest.fixture
+def made_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory is the test's own, with an empty folder `made` in it."""
+    require_peer("qemu-img")
+    monkeypatch.chdir(tmp_path)
+    Path("made").mkdir()

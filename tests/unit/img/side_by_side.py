@@ -106,6 +106,7 @@ def make_zoo(folder: Path) -> dict[str, Animal]:
     zoo["qcow2-huge"] = Animal(_create(folder / "huge.qcow2", "1T"), "qcow2")
     zoo["qcow2-packed"] = _packed(folder, zoo["raw-sparse"])
     zoo |= _preallocated(folder)
+    zoo |= _subclusters(folder)
     zoo |= _chain(folder)
     return zoo
 
@@ -164,6 +165,36 @@ def _preallocated(folder: Path) -> dict[str, Animal]:
     return zoo
 
 
+def _subclusters(folder: Path) -> dict[str, Animal]:
+    """Extended L2 entries: clusters of which something is allocated, zero, and not there at all;
+    alone, preallocated, and over another such image."""
+    zoo = {}
+    for name, options in (
+        ("alone", "cluster_size=16k"),
+        ("preallocated", "preallocation=metadata"),
+        ("over", "cluster_size=128k"),
+    ):
+        path = folder / f"subclusters-{name}.qcow2"
+        below = ("-b", "subclusters-alone.qcow2", "-F", "qcow2") if name == "over" else ()
+        _create(path, "3M", "-o", f"extended_l2=on,{options}", *below)
+        _io(
+            path,
+            "write -P 1 10k 100k",
+            "write -P 2 700k 3k",
+            "write -z 44k 20k",
+            "write -z -u 256k 70k",
+            "write -P 3 290k 512",
+            # Nothing is compressed over what has a place already.
+            f"write {'' if name == 'preallocated' else '-c'} -P 4 512k 128k",
+            "write -z 520k 4k",
+            "discard 64k 16k",
+            "write -P 5 2M 400k",
+            "write -P 6 3071k 1k",
+        )
+        zoo[f"subclusters-{name}"] = Animal(path, "qcow2")
+    return zoo
+
+
 def _chain(folder: Path) -> dict[str, Animal]:
     """base <- middle <- top, each longer than the one below; and one over a raw image."""
     base, middle, top = (folder / f"{name}.qcow2" for name in ("base", "middle", "top"))
@@ -187,5 +218,6 @@ ZOO = (
     *("raw-empty", "qcow2-512-1.1", "qcow2-4096-0.10", "qcow2-65536-0.10", "qcow2-65536-1.1"),
     *("qcow2-2M", "qcow2-new", "qcow2-empty", "qcow2-huge", "qcow2-packed", "chain"),
     *("chain-over-raw", "qcow2-metadata", "qcow2-falloc"),
+    *("subclusters-alone", "subclusters-preallocated", "subclusters-over"),
 )
 """The names in `make_zoo`, for parameters of tests."""

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from tests.peers.qemu import QemuImg, QemuIo, run_tool
-from tests.peers.requirement import require_peer
 from tests.unit.img.chains import (
     DISK_BYTES,
     MIB,
@@ -27,11 +26,7 @@ from tests.unit.img.chains import (
 CLUSTERS = (512, 1024, 4096, 65536, 2 * MIB)
 
 
-@pytest.fixture(autouse=True)
-def _peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    require_peer("qemu-img")
-    monkeypatch.chdir(tmp_path)
-    Path("made").mkdir()
+pytestmark = pytest.mark.usefixtures("made_here")
 
 
 @pytest.mark.parametrize("backing", ["none", "equal", "short", "long"])
@@ -97,7 +92,13 @@ REFUSALS = {
     "compat=1.1 -o compat=0.10,lazy_refcounts=on": "lazy_refcounts=on takes version 3",
     "compat=0.10 -o lazy_refcounts=on": "lazy_refcounts=on takes version 3",
     "compat=1.1 -o cluster_size=4k": "option 'cluster_size' is for new images only",
-    "compat=1.1 -o refcount_bits=8": "option 'refcount_bits' is for new images only",
+    "extended_l2=on -o extended_l2=off": "option 'extended_l2' is for new images only",
+    "extended_l2=on -o compat=0.10": "compat=0.10), which has no extended L2 entries",
+    "compat=1.1 -o refcount_bits=3": "refcount_bits is a power of two up to 64, not 3",
+    "compat=1.1 -o refcount_bits=128": "refcount_bits is a power of two up to 64, not 128",
+    "compat=0.10 -o refcount_bits=8": "refcounts of 8 bits take version 3 (compat=1.1)",
+    "refcount_bits=8 -o compat=0.10,refcount_bits=8": "refcounts of 8 bits take version 3",
+    "refcount_bits=8 -o compat=0.10,refcount_bits=16,size=1k": "can't be made smaller by amend",
     "compat=1.1 -o nope=1": "format qcow2 has no option 'nope'",
     "compat=1.1 -o compat=2": "'compat'",
     "compat=1.1 -o size=1k": "has 1048576 bytes and can't be made smaller by amend",
@@ -131,3 +132,57 @@ def test_raw_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(bytes(MIB))
     line = refusal("img", "amend", "-o", "size=2M", "disk")
     assert line == "disk: format raw has nothing that can be amended"
+
+
+@pytest.mark.parametrize("cluster_size", [512, 65536])
+def test_refcounts_of_every_width_are_what_qemu_img_takes(
+    cluster_size: int, seed: int, tmp_path: Path
+) -> None:
+    """qemu-img itself takes seconds to change the width: it has one turn."""
+    made = tmp_path / "made"
+    path = QemuImg.create(made / "top.qcow2", DISK_BYTES, options={"cluster_size": cluster_size})
+    rng = random.Random(seed)
+    writes = [f"write -P {rng.randrange(1, 256)} {rng.randrange(46) * 64}k 70k" for _ in range(9)]
+    run_tool(
+        ["qemu-io", "-f", "qcow2", *(word for write in writes for word in ("-c", write)), path]
+    )
+    before = content(path)
+    ours, theirs = twice(tmp_path)
+    for bits in (1, 2, 4, 8, 32, 64):
+        change = f"refcount_bits={bits}"
+        assert blockemu("img", "amend", "-f", "qcow2", "-o", change, "ours/top.qcow2") == ""
+        assert_clean(ours / "top.qcow2")
+        assert info(ours / "top.qcow2")["format-specific"]["data"]["refcount-bits"] == bits
+    assert content(ours / "top.qcow2") == before
+    run_tool(["qemu-img", "amend", "-f", "qcow2", "-o", change, "theirs/top.qcow2"])
+    assert info(ours / "top.qcow2") == info(theirs / "top.qcow2")
+    for change in ("compat=0.10,refcount_bits=16", "compat=1.1,refcount_bits=1"):
+        blockemu("img", "amend", "-f", "qcow2", "-o", change, "ours/top.qcow2")
+        assert_clean(ours / "top.qcow2")
+    assert content(ours / "top.qcow2") == before
+
+
+def test_refcounts_too_narrow_for_a_snapshot_are_refused(tmp_path: Path) -> None:
+    path = QemuImg.create(tmp_path / "disk", MIB)
+    run_tool(["qemu-io", "-f", "qcow2", "-c", "write 0 128k", path])
+    run_tool(["qemu-img", "snapshot", "-c", "s", path])
+    before = path.read_bytes()
+    command = ["amend", "-f", "qcow2", "-o", "refcount_bits=1", "disk"]
+    assert run_tool(["qemu-img", *command], check=False).code == 1
+    line = refusal("img", *command)
+    assert "refcounts of 1 bits can't count the 2 references to the cluster at offset" in line
+    assert path.read_bytes() == before
+    blockemu("img", "amend", "-f", "qcow2", "-o", "refcount_bits=2", "disk")
+    assert_clean(path)
+
+
+def test_refcounts_of_a_damaged_image_are_left_alone(tmp_path: Path) -> None:
+    path = QemuImg.create(tmp_path / "disk", MIB)
+    run_tool(["qemu-io", "-f", "qcow2", "-c", "write 0 128k", path])
+    with path.open("r+b") as image:
+        image.seek(2 * 65536)  # the first refcount block: the header's own count
+        image.write(bytes(2))
+    before = path.read_bytes()
+    line = refusal("img", "amend", "-f", "qcow2", "-o", "refcount_bits=8", "disk")
+    assert "is damaged: repair it first" in line
+    assert path.read_bytes() == before

@@ -84,6 +84,10 @@ SHAPES = {
     "compressed-4k": Shape("cluster_size=4k", steps=("convert", "write 1M 64k")),
     "compressed-512": Shape("cluster_size=512", "1M", ("convert",)),
     "compressed-zstd": Shape("compression_type=zstd", steps=("convert", "snapshot -c one")),
+    "subclusters": Shape("extended_l2=on", steps=(*ZEROES, "write 700k 3k", "write -z 900k 10k")),
+    "subclusters-16k": Shape("extended_l2=on,cluster_size=16k", steps=SNAPSHOTS),
+    "subclusters-preallocated": Shape("extended_l2=on,preallocation=metadata", steps=ZEROES),
+    "subclusters-compressed": Shape("extended_l2=on", steps=("convert", "write 1M 9k")),
     "backing": Shape("backing"),
     "empty": Shape("", "0", ()),
     "dirty": Shape("lazy_refcounts=on,cluster_size=4k", steps=("killed write 0 200k",)),
@@ -162,6 +166,8 @@ class Mutation:
         self.rng = rng
         self.what = ""
         kinds = ["l1", "l2", "l2", "l2", "reftable", "refcount", "refcount", "swap"]
+        if self.image.entry_bytes > 8:
+            kinds += ["bitmap"] * 8
         if self.image.snapshots:
             kinds += ["snapshot", "snapshot-l1"]
         kind = rng.choice(kinds)
@@ -190,11 +196,11 @@ class Mutation:
             return None
         table = self.rng.choice(tables)
         used = [
-            index for index in range(image.cluster // 8) if image.get(image.l2_place(index, table))
+            index for index in range(image.l2_entries) if image.get(image.l2_place(index, table))
         ]
         if used and self.rng.random() < 0.9:
             return image.l2_place(self.rng.choice(used), table)
-        return image.l2_place(self.rng.randrange(image.cluster // 8), table)
+        return image.l2_place(self.rng.randrange(image.l2_entries), table)
 
     def _change(self, place: int) -> None:
         image, rng, bits = self.image, self.rng, self.image.bits
@@ -224,6 +230,18 @@ class Mutation:
         place = self._l2_place()
         if place is not None:
             self._change(place)
+
+    def _bitmap(self) -> None:
+        """Of subclusters."""
+        image, rng = self.image, self.rng
+        place = self._l2_place()
+        if place is None:
+            return
+        old = image.get(place + 8)
+        choices = (0, old ^ 1 << rng.randrange(64), old | 1 << rng.randrange(64), 1 << 64)
+        new = (rng.choice((*choices, rng.getrandbits(64), old << 32))) & ((1 << 64) - 1)
+        image.put(place + 8, new)
+        self.what = f"{place + 8:#x}: {old:#x} -> {new:#x}"
 
     def _swap(self) -> None:
         one, other = self._l2_place(), self._l2_place()
@@ -271,6 +289,11 @@ def expected_difference(mutation: Mutation) -> str | None:
     if any(entry and not entry & OFFSET for entry in entries):
         return (
             "an L1 entry of flags alone is one corruption; QEMU takes the header for its L2 table"
+        )
+    if image.entry_bytes > 8 and any(map(image.is_compressed_with_bitmap, entries)):
+        return (
+            "a compressed cluster with bits of subclusters can be read, so its space is in use; "
+            "QEMU takes it for a leak, and gives it away in a repair"
         )
     return None
 

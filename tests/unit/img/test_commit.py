@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from tests.peers.qemu import QemuImg, QemuIo, run_tool
-from tests.peers.requirement import require_peer
 from tests.unit.img.chains import (
     DISK_BYTES,
     MIB,
@@ -28,6 +27,7 @@ IMAGES: dict[str, dict[str, Any]] = {
     "4k": {"cluster_size": 4096},
     "64k": {},
     "2M": {"cluster_size": "2M"},
+    "subclusters": {"extended_l2": "on"},
     "v2": {"compat": "0.10"},
     "v2-512": {"compat": "0.10", "cluster_size": 512},
 }
@@ -40,11 +40,7 @@ SIZES = {
 NAMES = "base.raw middle.qcow2 top.qcow2"
 
 
-@pytest.fixture(autouse=True)
-def _peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    require_peer("qemu-img")
-    monkeypatch.chdir(tmp_path)
-    Path("made").mkdir()
+pytestmark = pytest.mark.usefixtures("made_here")
 
 
 CASES = [

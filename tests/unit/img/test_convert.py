@@ -25,6 +25,7 @@ TARGETS = {
     "qcow2": ("qcow2", []),
     "qcow2-4k-v2": ("qcow2", ["-o", "cluster_size=4k,compat=0.10"]),
     "qcow2-2M": ("qcow2", ["-o", "cluster_size=2M"]),
+    "qcow2-subclusters": ("qcow2", ["-o", "extended_l2=on"]),
 }
 SMALL = [name for name in ZOO if name != "qcow2-huge"]
 

@@ -16,6 +16,8 @@ OPTIONS = [
     "-O qcow2 -o cluster_size=512,refcount_bits=64",
     "-O qcow2 -o cluster_size=2M",
     "-O qcow2 -o compat=0.10",
+    "-O qcow2 -o extended_l2=on",
+    "-O qcow2 -o extended_l2=on,cluster_size=16k,preallocation=metadata",
     "-O qcow2 -o preallocation=full",
     "-O qcow2 -o preallocation=falloc",
     "-O qcow2 -o preallocation=metadata",

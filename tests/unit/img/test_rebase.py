@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from tests.peers.qemu import QemuImg, QemuIo, run_tool
-from tests.peers.requirement import require_peer
 from tests.unit.img.chains import (
     DISK_BYTES,
     KIB,
@@ -33,6 +32,7 @@ IMAGES: dict[str, dict[str, Any]] = {
     "4k": {"cluster_size": 4096},
     "64k": {},
     "2M": {"cluster_size": "2M"},
+    "subclusters": {"extended_l2": "on"},
     "v2": {"compat": "0.10"},
     "v2-512": {"compat": "0.10", "cluster_size": 512},
 }
@@ -44,11 +44,7 @@ SIZES = {
 TARGETS = ("other.qcow2", "base.raw", "other.raw", "")
 
 
-@pytest.fixture(autouse=True)
-def _peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    require_peer("qemu-img")
-    monkeypatch.chdir(tmp_path)
-    Path("made").mkdir()
+pytestmark = pytest.mark.usefixtures("made_here")
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)

@@ -17,7 +17,12 @@ SIZES = ["+1M", "+512", "3M", "1.5G", "--shrink -512", "--shrink 64k", "--shrink
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
     ("fmt", "options"),
-    [("raw", "size=2M"), ("qcow2", "cluster_size=4k"), ("qcow2", "compat=0.10")],
+    [
+        ("raw", "size=2M"),
+        ("qcow2", "cluster_size=4k"),
+        ("qcow2", "compat=0.10"),
+        ("qcow2", "extended_l2=on"),
+    ],
 )
 def test_size_and_content_are_theirs(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], fmt: str, options: str, size: str

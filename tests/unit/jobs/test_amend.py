@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,10 +12,7 @@ from blockemu.drivers.backend import BlockBackend
 from blockemu.drivers.qcow2.amend import Amendment
 from blockemu.drivers.qcow2.header import EXTENSION_FEATURE_NAMES, parse
 from blockemu.jobs.amend import AmendJob
-from blockemu.loop.aio_context import AioContext
-from blockemu.loop.clock import VirtualClock
 from blockemu.loop.memory_file import MemoryImage
-from blockemu.loop.poller import MemoryPoller
 from tests.unit.drivers.qcow2.checker import Checker
 from tests.unit.drivers.qcow2.crash import CutDisk, Recorder
 from tests.unit.drivers.qcow2.support import KIB, Images
@@ -24,15 +20,6 @@ from tests.unit.drivers.qcow2.support import KIB, Images
 DISK_BYTES = 100 * KIB
 BASE_BYTES = 64 * KIB
 CUTS = 150
-
-
-@pytest.fixture
-def images() -> Iterator[Images]:
-    clock = VirtualClock()
-    ctx = AioContext("simulated", clock=clock, poller=MemoryPoller(clock))
-    ctx.adopt()
-    yield Images(ctx)
-    ctx.close()
 
 
 def make_image(images: Images, rng: random.Random, *, backing: str | None, **options: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -13,10 +13,7 @@ from blockemu.drivers.backend import BlockBackend
 from blockemu.drivers.errors import ImageError
 from blockemu.jobs.commit import CommitJob
 from blockemu.jobs.job import JobCancelled
-from blockemu.loop.aio_context import AioContext
-from blockemu.loop.clock import VirtualClock
 from blockemu.loop.memory_file import MemoryImage
-from blockemu.loop.poller import MemoryPoller
 from tests.unit.drivers.qcow2.checker import Checker
 from tests.unit.drivers.qcow2.crash import CutDisk, Recorder
 from tests.unit.drivers.qcow2.support import KIB, Images
@@ -24,15 +21,6 @@ from tests.unit.drivers.qcow2.support import KIB, Images
 DISK_BYTES = 96 * KIB
 BASE_BYTES = 64 * KIB
 CUTS = 150
-
-
-@pytest.fixture
-def images() -> Iterator[Images]:
-    clock = VirtualClock()
-    ctx = AioContext("simulated", clock=clock, poller=MemoryPoller(clock))
-    ctx.adopt()
-    yield Images(ctx)
-    ctx.close()
 
 
 def make_pair(images: Images, rng: random.Random, cluster_size: int) -> bytes:

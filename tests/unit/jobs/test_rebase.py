@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -14,25 +14,13 @@ from blockemu.drivers.errors import ImageError
 from blockemu.drivers.qcow2.header import parse
 from blockemu.jobs.job import JobCancelled
 from blockemu.jobs.rebase import RebaseJob
-from blockemu.loop.aio_context import AioContext
-from blockemu.loop.clock import VirtualClock
 from blockemu.loop.memory_file import MemoryImage
-from blockemu.loop.poller import MemoryPoller
 from tests.unit.drivers.qcow2.checker import Checker
 from tests.unit.drivers.qcow2.crash import CutDisk, Recorder
 from tests.unit.drivers.qcow2.support import KIB, Images
 
 DISK_BYTES = 100 * KIB
 CUTS = 200
-
-
-@pytest.fixture
-def images() -> Iterator[Images]:
-    clock = VirtualClock()
-    ctx = AioContext("simulated", clock=clock, poller=MemoryPoller(clock))
-    ctx.adopt()
-    yield Images(ctx)
-    ctx.close()
 
 
 def make_images(images: Images, rng: random.Random, *, cluster_size: int, compat: str) -> bytes:

@@ -82,6 +82,20 @@ def test_large_requests_are_jobs_of_their_own(
     poll_until(epoll_ctx, results, 3)
 
 
+def test_batches_in_turn_wait_for_the_one_before(
+    epoll_ctx: AioContext, fd: int, jobs: list[int]
+) -> None:
+    writes = TransferBatches(is_write=True, requests_max=8, in_turn=True)
+    results: list[int] = []
+    for number in range(4):
+        view = memoryview(bytes([number]) * BYTES_MAX)
+        writes.stage(epoll_ctx, fd, number * BYTES_MAX, view, 0, results.append)
+    assert jobs == [1]
+    poll_until(epoll_ctx, results, 4)
+    assert (jobs, results) == ([1, 3], [BYTES_MAX] * 4)
+    assert os.pread(fd, 4 * BYTES_MAX, 0)[::BYTES_MAX] == bytes(range(4))
+
+
 def test_error_in_the_middle_stays_with_its_request(epoll_ctx: AioContext, fd: int) -> None:
     writes = TransferBatches(is_write=True, requests_max=8)
     results: list[int] = []

@@ -41,14 +41,16 @@ class FakeFile:
         self.calls: list[tuple[str, int, int]] = []
         self.pending: list[tuple[Callable[[], int], Done]] = []
 
-    def start_read(self, offset: int, view: memoryview, done: Done) -> int | None:
+    def start_read(self, offset: int, view: memoryview, done: Done, address: int = 0) -> int | None:
         def move() -> int:
             view[:] = self.disk[offset : offset + len(view)]
             return len(view)
 
         return self._start("read", offset, view, move, done)
 
-    def start_write(self, offset: int, view: memoryview, done: Done) -> int | None:
+    def start_write(
+        self, offset: int, view: memoryview, done: Done, address: int = 0
+    ) -> int | None:
         def move() -> int:
             self.disk[offset : offset + len(view)] = view
             return len(view)

@@ -103,7 +103,7 @@ def test_big_replies_leave_before_the_end_of_the_round(
     file = served.backend.file
     start_read = file.start_read
 
-    def spy(offset: int, view: memoryview, done: object) -> int | None:
+    def spy(offset: int, view: memoryview, done: object, address: int) -> int | None:
         assert served.inside is not None
         sends.append(len(served.inside.replies.parts))
         return start_read(offset, view, done)  # type: ignore[arg-type]

@@ -13,14 +13,19 @@ from collections import Counter
 
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
+EXTENDED_L2 = 1 << 4
+SUBCLUSTERS = 32
 OFFSET = 0x00FF_FFFF_FFFF_FE00
 
 
 class Checker:
-    """Version 2 and 3 images, compressed clusters by deflate, internal snapshots counted."""
+    """Version 2 and 3 images, compressed clusters by deflate, internal snapshots counted.
 
-    def __init__(self, image: bytes | bytearray) -> None:
+    `data`: the content of the external data file, where the image has one."""
+
+    def __init__(self, image: bytes | bytearray, data: bytes | bytearray | None = None) -> None:
         self.image = image
+        self.data = data
         fields = struct.unpack_from(">4sIQIIQIIQQIIQ", image)
         assert fields[0] == b"QFI\xfb"
         self.version = fields[1]
@@ -31,23 +36,12 @@ class Checker:
         self.table = (fields[9], fields[10])
         self.snapshots = (fields[12], fields[11])
         self.order: int = struct.unpack_from(">I", image, 96)[0] if self.version == 3 else 4
+        features: int = struct.unpack_from(">Q", image, 72)[0] if self.version == 3 else 0
+        self.extended = bool(features & EXTENDED_L2)
         self.references: Counter[int] = Counter()
         self.corruptions: list[str] = []
         self.leaks: list[int] = []
-        self.stale: list[str] = []
-        """Of the corruptions, COPIED flags that aren't what the refcount says but do no harm:
-        clear, or set on what has one reference and a leak."""
-        self._wrong_flags: list[tuple[str, int, bool]] = []
         self._check()
-        for message, cluster, is_set in self._wrong_flags:
-            if not is_set or self.references[cluster] == 1:
-                self.stale.append(message)
-
-    @property
-    def harmful(self) -> list[str]:
-        """The corruptions that are any."""
-        stale = set(self.stale)
-        return [message for message in self.corruptions if message not in stale]
 
     def words(self, offset: int, count: int) -> tuple[int, ...]:
         data = bytes(self.image[offset : offset + 8 * count]).ljust(8 * count, b"\0")
@@ -92,6 +86,7 @@ class Checker:
             offset += -(-(40 + extra + id_length + name_length) // 8) * 8
         if count:
             self._refer(self.snapshots[0], self._clusters(offset - self.snapshots[0]), "snapshots")
+        self._refer_bitmaps()
         top = max([*self.references, len(self.image) >> self.bits])
         for cluster in range(top + 1):
             found, wanted = self.refcount(cluster), self.references[cluster]
@@ -100,18 +95,100 @@ class Checker:
             elif found > wanted:
                 self.leaks.append(cluster)
 
+    def _bitmap_directory(self) -> tuple[int, int, int]:
+        """Offset, length and entries of what the bitmaps extension names, if it is to be believed;
+        all 0 if not."""
+        if self.version < 3 or not self.image[95] & 1:
+            return 0, 0, 0
+        (position,) = struct.unpack_from(">I", self.image, 100)
+        kind, length = struct.unpack_from(">II", self.image, position)
+        while kind:
+            if kind == 0x23852875:
+                count, _, size, offset = struct.unpack_from(">IIQQ", self.image, position + 8)
+                return offset, size, count
+            position += 8 + -(-length // 8) * 8
+            kind, length = struct.unpack_from(">II", self.image, position)
+        return 0, 0, 0
+
+    def _bitmap_entries(self) -> list[tuple[str, int, int, int, int]]:
+        """Name, flags, granularity, offset and entries of the table, of each bitmap."""
+        offset, length, count = self._bitmap_directory()
+        end, found = offset + length, []
+        for _ in range(count):
+            table, entries, flags, kind, bits, name_length, extra = struct.unpack_from(
+                ">QIIBBHI", self.image, offset
+            )
+            assert kind == 1
+            start = offset + 24 + extra
+            name = bytes(self.image[start : start + name_length]).decode(errors="surrogateescape")
+            found.append((name, flags, 1 << bits, table, entries))
+            offset += -(-(24 + extra + name_length) // 8) * 8
+        assert offset == end
+        return found
+
+    def _refer_bitmaps(self) -> None:
+        offset, length, _ = self._bitmap_directory()
+        self._refer(offset, self._clusters(length), "bitmap directory")
+        for _, _, _, table, entries in self._bitmap_entries():
+            self._refer(table, self._clusters(entries * 8), "bitmap table")
+            for word in self.words(table, entries):
+                if word & OFFSET:
+                    self._refer(word, 1, "bitmap data")
+
+    def bitmaps(self) -> dict[str, tuple[int, list[int]]]:
+        """By name: the flags, and the dirty granules' numbers."""
+        found = {}
+        for name, flags, granularity, table, entries in self._bitmap_entries():
+            pieces = []
+            for word in self.words(table, entries):
+                host = word & OFFSET
+                part = bytes(self.image[host : host + self.size]) if host else b""
+                pieces.append(part.ljust(self.size, b"\xff" if word == 1 else b"\0"))
+            row = int.from_bytes(b"".join(pieces), "little")
+            digits = f"{row:b}"[::-1][: -(-self.disk_bytes // granularity)]
+            found[name] = (flags, [bit for bit, digit in enumerate(digits) if digit == "1"])
+        return found
+
     def _walk(self, offset: int, entries: int, *, active: bool) -> None:
         self._refer(offset, self._clusters(entries * 8), "L1 table")
-        for entry in self.words(offset, entries):
+        for index, entry in enumerate(self.words(offset, entries)):
             if entry & OFFSET:
                 self._refer(entry & OFFSET, 1, "L2 table")
                 self._check_copied(entry, "L1 entry", active=active)
-                for word in self.words(entry & OFFSET, self.size // 8):
+                table = self._l2(entry & OFFSET)
+                for guest, (word, bitmap) in enumerate(table, index * len(table)):
+                    if self.data is not None:
+                        own = (guest << self.bits) | COPIED
+                        if word not in (0, 1, own, own | 1):
+                            self.corruptions.append(f"guest cluster {guest}: {word:#x}")
+                        continue
+                    self._check_bitmap(word, bitmap)
                     if word & COMPRESSED:
                         self._refer_compressed(word)
                     elif word & OFFSET:
                         self._refer(word & OFFSET, 1, "data")
                         self._check_copied(word, "L2 entry", active=active)
+
+    def _l2(self, offset: int) -> list[tuple[int, int]]:
+        """Entries and their bitmaps; in a plain image, those that mean the same."""
+        words = self.words(offset, self.size // 8)
+        if self.extended:
+            return list(zip(words[::2], words[1::2], strict=True))
+        found = []
+        for word in words:
+            zero = word & 1 and self.version == 3
+            everything = (1 << SUBCLUSTERS) - 1
+            if word & COMPRESSED or not (word & OFFSET or zero):
+                found.append((word, 0))
+            else:
+                found.append((word, everything << SUBCLUSTERS if zero else everything))
+        return found
+
+    def _check_bitmap(self, word: int, bitmap: int) -> None:
+        allocated, zero = bitmap & 0xFFFF_FFFF, bitmap >> SUBCLUSTERS
+        impossible = bitmap if word & COMPRESSED else allocated & zero
+        if impossible or (allocated and not word & OFFSET):
+            self.corruptions.append(f"L2 entry {word:#x}: bitmap {bitmap:#x} is not possible")
 
     def _compressed(self, word: int) -> tuple[int, int]:
         """Host bytes `[start, end)` of a compressed cluster, to the end of its last sector."""
@@ -130,9 +207,12 @@ class Checker:
     def _check_copied(self, entry: int, what: str, *, active: bool) -> None:
         cluster = (entry & OFFSET) >> self.bits
         if active and bool(entry & COPIED) != (self.refcount(cluster) == 1):
-            message = f"{what} {entry:#x}: COPIED is wrong"
-            self.corruptions.append(message)
-            self._wrong_flags.append((message, cluster, bool(entry & COPIED)))
+            self.corruptions.append(f"{what} {entry:#x}: COPIED is wrong")
+
+    def _show(self, found: bytearray, guest: int, host: int, length: int) -> None:
+        length = max(min(length, len(found) - guest), 0)
+        data = bytes(self.image[host : host + length])
+        found[guest : guest + len(data)] = data
 
     def read(self) -> bytes:
         """What the guest sees, the backing file taken for zeroes."""
@@ -147,7 +227,7 @@ class Checker:
             (extra,) = struct.unpack_from(">I", self.image, offset + 36)
             (size,) = struct.unpack_from(">Q", self.image, offset + 48)
             start = offset + 40 + extra + id_length
-            name = bytes(self.image[start : start + name_length]).decode()
+            name = bytes(self.image[start : start + name_length]).decode(errors="surrogateescape")
             found[name] = self._read((l1, entries), size)
             offset += -(-(40 + extra + id_length + name_length) // 8) * 8
         return found
@@ -156,9 +236,9 @@ class Checker:
         found = bytearray(disk_bytes)
         for index, entry in enumerate(self.words(*l1)):
             if entry & OFFSET:
-                table = self.words(entry & OFFSET, self.size // 8)
-                for position, word in enumerate(table):
-                    guest = (index * self.size // 8 + position) << self.bits
+                table = self._l2(entry & OFFSET)
+                for position, (word, bitmap) in enumerate(table):
+                    guest = (index * len(table) + position) << self.bits
                     if guest >= disk_bytes:
                         break
                     if word & COMPRESSED:
@@ -167,9 +247,18 @@ class Checker:
                         data = zlib.decompressobj(-12).decompress(packed, self.size)
                         assert len(data) == self.size, f"guest cluster at {guest:#x} is short"
                         found[guest : guest + self.size] = data[: disk_bytes - guest]
-                    elif word & OFFSET and not (word & 1 and self.version == 3):
-                        host = word & OFFSET
-                        length = min(self.size, disk_bytes - guest)
-                        data = bytes(self.image[host : host + length])
-                        found[guest : guest + len(data)] = data
+                    elif self.data is not None:
+                        if word & COPIED and not word & 1:
+                            data = bytes(self.data[guest : guest + self.size])
+                            found[guest : guest + self.size] = data[: disk_bytes - guest].ljust(
+                                min(self.size, disk_bytes - guest), b"\0"
+                            )
+                    elif bitmap & 0xFFFF_FFFF == 0xFFFF_FFFF:
+                        self._show(found, guest, word & OFFSET, self.size)
+                    else:
+                        part = self.size // SUBCLUSTERS
+                        for number in range(SUBCLUSTERS):
+                            if bitmap >> number & 1:
+                                start = number * part
+                                self._show(found, guest + start, (word & OFFSET) + start, part)
         return bytes(found)

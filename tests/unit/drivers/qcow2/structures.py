@@ -7,6 +7,7 @@ import struct
 
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
+EXTENDED_L2 = 1 << 4
 OFFSET = 0x00FF_FFFF_FFFF_FE00
 
 
@@ -26,6 +27,10 @@ class Structures:
         self.snapshots_offset: int = fields[12]
         self.reftable_entries: int = fields[10] * self.cluster // 8
         self.order: int = struct.unpack_from(">I", content, 96)[0] if self.version == 3 else 4
+        features: int = struct.unpack_from(">Q", content, 72)[0] if self.version == 3 else 0
+        self.entry_bytes = 16 if features & EXTENDED_L2 else 8
+        """Of an L2 entry; the second half is the bitmap of subclusters."""
+        self.l2_entries = self.cluster // self.entry_bytes
 
     def get(self, place: int) -> int:
         if place + 8 > len(self.content):
@@ -40,7 +45,15 @@ class Structures:
 
     def l2_place(self, index: int = 0, table: int = 0) -> int:
         """Of an entry in the L2 table that the L1 table's entry `table` names."""
-        return (self.get(self.l1_place(table)) & OFFSET) + index * 8
+        return (self.get(self.l1_place(table)) & OFFSET) + index * self.entry_bytes
+
+    def is_compressed_with_bitmap(self, l1_entry: int) -> bool:
+        """Whether that is so of some entry in an extended L2 table."""
+        table = l1_entry & OFFSET
+        places = range(table, min(table + self.cluster, len(self.content) - 15), 16)
+        return table > 0 and any(
+            self.get(place) & COMPRESSED and self.get(place + 8) for place in places
+        )
 
     def reftable_place(self, index: int = 0) -> int:
         return self.reftable_offset + index * 8

@@ -13,6 +13,8 @@ from blockemu.drivers.qcow2.create import create
 from blockemu.drivers.qcow2.create_options import CreateOptions
 from blockemu.drivers.qcow2.driver import Qcow2Driver
 from blockemu.drivers.qcow2.guest_compress import Job, Stored
+from blockemu.drivers.qcow2.header import first_cluster_bytes, parse
+from blockemu.drivers.qcow2.header_rewrite import with_data_file
 from blockemu.drivers.registry import Opener
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.host_file import HostFile
@@ -35,14 +37,23 @@ class Images:
         return self.files.images[path]
 
     def create(self, path: str, size: int, **options: Any) -> MemoryImage:
-        """A new image, made by our own `create`."""
+        """A new image, made by our own `create`, and its `data_file`, a name in this folder."""
         image = self.files.add(path)
+        data_path = options.get("data_file")
+        if data_path is not None:
+            self.files.add(data_path)
 
         async def make() -> None:
             node = await self.opener.open({"driver": "file", "filename": path})
             backend = BlockBackend(path, node, writable=True)
-            await create(node, path, CreateOptions.parse(path, size, options))
+            data = holder = None
+            if data_path is not None:
+                data = await self.opener.open({"driver": "file", "filename": data_path})
+                holder = BlockBackend(data_path, data, writable=True)
+            await create(node, path, CreateOptions.parse(path, size, options), data=data)
             await backend.close()
+            if holder is not None:
+                await holder.close()
 
         self.ctx.run(make())
         image.log.clear()
@@ -70,9 +81,19 @@ class Images:
         assert (verdict.corruptions, verdict.leaks, verdict.errors) == (0, 0, 0), verdict.text
 
     def save(self, path: str, tmp_path: Path) -> Path:
-        """The image as a real file."""
+        """The image as a real file, its data file beside it.
+
+        QEMU looks for that in the working directory; here, the header says where it is."""
         target = tmp_path / Path(path).name
-        target.write_bytes(self[path].content)
+        content = self[path].content
+        header = parse(path, bytes(content[: first_cluster_bytes(path, content)]))
+        if header.data_file is not None:
+            data = tmp_path / header.data_file
+            data.write_bytes(self[header.data_file].content)
+            header = with_data_file(header, str(data))
+            start = header.serialise(path).ljust(header.cluster_size, b"\0")
+            content = bytearray(start) + content[header.cluster_size :]
+        target.write_bytes(content)
         return target
 
     def compare(self, path: str, content: bytes | bytearray, tmp_path: Path) -> None:

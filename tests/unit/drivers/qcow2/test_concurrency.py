@@ -100,6 +100,7 @@ class Mix:
         {"cluster_size": 4096, "compat": "0.10"},
         {"cluster_size": 512, "refcount_bits": 64},
         {"cluster_size": 1024, "refcount_bits": 1},
+        {"cluster_size": 16384, "extended_l2": "on"},
     ],
     ids=str,
 )

@@ -45,7 +45,7 @@ def damaged(images: Images, *, compat: str = "1.1") -> MemoryImage:
 
 def meet_the_damage(disk: Disk) -> None:
     disk.write(CLUSTER, b"c" * CLUSTER)
-    with pytest.raises(OSError, match="in use for metadata") as caught:
+    with pytest.raises(OSError, match="holds the active L2 table") as caught:
         disk.write(2 * CLUSTER, b"d" * CLUSTER)
     assert caught.value.errno == errno.EIO
 
@@ -98,7 +98,7 @@ def test_line_in_the_log_says_what_to_do(images: Images, caplog: pytest.LogCaptu
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2
     assert all(line.startswith("image: ") for line in lines)
-    assert "in use for metadata but counted as free" in lines[0]
+    assert "holds the active L2 table but is counted as free" in lines[0]
     assert "read-only from now on" in lines[1]
     assert "blockemu img check -r all image" in lines[1]
 
@@ -171,7 +171,7 @@ def test_host_that_fails_while_marking_stops_writes_all_the_same(
     disk = images.open("image")
     disk.write(CLUSTER, b"c" * CLUSTER)
     image.fault = lambda kind, offset, length: errno.EIO if kind == "write" else 0
-    with caplog.at_level(logging.ERROR), pytest.raises(OSError, match="in use for metadata"):
+    with caplog.at_level(logging.ERROR), pytest.raises(OSError, match="holds the active L2 table"):
         disk.write(2 * CLUSTER, b"d" * CLUSTER)
     image.fault = None
     assert "the last writes aren't all on the disk" in caplog.text

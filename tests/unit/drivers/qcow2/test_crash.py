@@ -114,6 +114,8 @@ def judge(recorder: Recorder, rng: random.Random, *, cuts: int, tmp_path: Path) 
         {"cluster_size": 1024, "refcount_bits": 64},
         {"cluster_size": 4096, "refcount_bits": 1},
         {"cluster_size": 4096, "compat": "0.10"},
+        {"cluster_size": 16384, "extended_l2": "on"},
+        {"cluster_size": 65536, "extended_l2": "on"},
     ],
     ids=str,
 )
@@ -135,6 +137,8 @@ def test_power_cut_at_any_point_leaves_leaks_at_most(
         {"cluster_size": 4096, "refcount_bits": 1},
         {"cluster_size": 4096, "refcount_bits": 2},
         {"cluster_size": 4096, "compat": "0.10"},
+        {"cluster_size": 16384, "extended_l2": "on"},
+        {"cluster_size": 65536, "extended_l2": "on"},
     ],
     ids=str,
 )

@@ -153,7 +153,11 @@ def test_creation_cut_short_leaves_no_image(images: Images) -> None:
         ({"backing_file": "", "backing_fmt": "raw"}, "empty"),
         ({"backing_file": "b" * 1024, "backing_fmt": "raw"}, "1023"),
         ({"backing_file": "b", "backing_fmt": "raw", "preallocation": "full"}, "preallocated"),
-        ({"extended_l2": "on"}, "not supported"),
+        (
+            {"extended_l2": "on", "cluster_size": 8192},
+            "extended_l2=on needs a cluster_size of 16384",
+        ),
+        ({"extended_l2": "on", "compat": "0.10"}, "extended_l2=on needs compat=1.1"),
         ({"colour": "red"}, "no option 'colour'"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+from blockemu.drivers import bitmap_commands
 from blockemu.drivers.direct_map import DirectMap
 from blockemu.drivers.driver import RequestFlags
 from blockemu.loop.sync import yield_now
@@ -58,6 +59,25 @@ def test_unallocated_zero_and_compressed_clusters_are_not_published(
     disk.ctx.run(disk.node.pwrite_zeroes(0, CLUSTER))
     disk.read(0, 3 * MIB)
     assert not len(direct)
+
+
+def test_nothing_is_writable_while_a_bitmap_records(disk: Disk) -> None:
+    before = mapped(disk)
+    disk.write(0, b"x" * CLUSTER)
+    assert before.lookup_write(0, 512) >= 0
+    bitmap = disk.ctx.run(bitmap_commands.add(disk.node, "b"))
+    assert before.lookup_write(0, 512) == -1
+    during = mapped(disk)
+    for offset in (0, CLUSTER):
+        disk.write(offset, b"y" * CLUSTER)
+        assert during.lookup_write(offset, 512) == -1
+        assert during.lookup_read(offset, 512) >= 0
+    assert bitmap.count() == 2 * CLUSTER
+    disk.ctx.run(bitmap_commands.disable(disk.node, "b"))
+    after = mapped(disk)
+    disk.write(0, b"z" * CLUSTER)
+    assert after.lookup_write(0, 512) >= 0
+    assert bitmap.count() == 2 * CLUSTER
 
 
 def test_shared_cluster_is_not_writable_and_moves_when_written(

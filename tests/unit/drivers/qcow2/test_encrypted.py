@@ -216,7 +216,7 @@ def test_the_luks_header_is_never_handed_out(encrypted: Images) -> None:
     before = bytes(image.content[area.offset :][: area.length])
 
     disk = encrypted.open("image", **UNLOCK)
-    with pytest.raises(OSError, match=r"corrupt|metadata|damage"):
+    with pytest.raises(OSError, match="holds the header"):
         disk.write(0, b"\x55" * (4 << 20))
     disk.close()
 

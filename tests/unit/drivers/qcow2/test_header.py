@@ -79,8 +79,9 @@ def test_backing_format_is_the_extension_text() -> None:
         ({"refcount_table_clusters": 0}, "no refcount table"),
         ({"refcount_table_clusters": 1 << 20}, "8 MiB is the limit"),
         ({"nb_snapshots": 2**31}, "65536 is the limit"),
-        ({"incompatible_features": 1 << 2}, "unsupported incompatible feature(s): external data"),
-        ({"incompatible_features": 1 << 4 | 1 << 2}, "data file, extended L2 entries"),
+        ({"incompatible_features": 1 << 5}, "unsupported incompatible feature(s): bit 5"),
+        ({"incompatible_features": 1 << 4, "cluster_bits": 13}, "clusters of 8192 bytes"),
+        ({"incompatible_features": 1 << 4 | 1 << 2}, "extended L2 entries and an external data"),
         ({"incompatible_features": 1 << 63}, "bit 63"),
     ],
 )

@@ -40,7 +40,7 @@ def exotic(images: Images) -> MemoryImage:
     length = 104 + len(additional)
     struct.pack_into(">I", content, 100, length)
     struct.pack_into(">Q", content, 80, 1 << 50)
-    struct.pack_into(">Q", content, 88, 1 << 40 | 1)
+    struct.pack_into(">Q", content, 88, 1 << 40 | 2)
     content[104:CLUSTER] = (additional + tail + BASE).ljust(CLUSTER - 104, b"\0")
     struct.pack_into(">QI", content, 8, length + len(additional + tail) - len(additional), 4)
     return image
@@ -52,7 +52,7 @@ def kept(content: bytes | bytearray) -> tuple[bytes, ...]:
 
 
 CHANGES: dict[str, Callable[[HeaderFile], Any]] = {
-    "clear_autoclear": lambda header: header.clear_autoclear(),
+    "keep_autoclear": lambda header: header.keep_autoclear(0),
     "move_refcount_table": lambda header: header.move_refcount_table(offset=1 << 20, clusters=2),
     "move_l1": lambda header: header.move_l1(offset=1 << 21, entries=99),
     "set_size": lambda header: header.set_size(MIB // 2),

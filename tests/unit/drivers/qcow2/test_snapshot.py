@@ -386,7 +386,7 @@ def test_failed_write_leaves_the_image_as_it_was_or_stops_it(
         else:
             disk.abandon()
         judged = Checker(images["image"].content)
-        assert not judged.harmful
+        assert not judged.corruptions
         names = set(judged.snapshot_contents())
         if stopped:
             assert names in ({"s"}, {"s", "t"}, set())
@@ -438,7 +438,7 @@ def test_cancelled_action_leaves_leaks_at_most(
             disk.write(0, b"w" * 3000)
             disk.close()
         judged = Checker(images["image"].content)
-        assert not judged.harmful
+        assert not judged.corruptions
         assert judged.snapshot_contents().get("s", old) == old
         if ended:
             break

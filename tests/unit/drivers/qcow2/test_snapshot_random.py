@@ -49,6 +49,9 @@ FORMATS = st.one_of(
         }
     ),
     st.fixed_dictionaries(
+        {"cluster_size": st.sampled_from([16384, 65536, 1 << 21]), "extended_l2": st.just("on")}
+    ),
+    st.fixed_dictionaries(
         {"cluster_size": st.sampled_from([512, 4096, 65536]), "compat": st.just("0.10")}
     ),
 )
