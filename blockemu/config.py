@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
+from blockemu.drivers.errors import ImageError
+from blockemu.drivers.filename import is_json, local_path, parse_filename
 from blockemu.drivers.metadata_budget import METADATA_BYTES_MAX
 from blockemu.errors import DaemonError
 from blockemu.limits import Limits
@@ -131,12 +133,13 @@ def serve_config(
 
 
 def _export_names(paths: Sequence[str], names: Sequence[str], limits: Limits) -> list[str]:
-    """Given names in the order of the images; a file's stem for those that have none."""
+    """Given names in the order of the images; for those that have none, a file's stem, or the name
+    that an export has where it comes from."""
     if len(names) > len(paths):
         raise DaemonError(names[len(paths)], "there are more --name options than images")
     found: dict[str, str] = {}
     for index, path in enumerate(paths):
-        name = names[index] if index < len(names) else PurePath(path).stem
+        name = names[index] if index < len(names) else _name_of(path)
         if name in found:
             raise DaemonError(
                 path, f"export name '{name}' is taken by {found[name]}; give each its own --name"
@@ -150,6 +153,19 @@ def _export_names(paths: Sequence[str], names: Sequence[str], limits: Limits) ->
             raise DaemonError(path, f"an export name has at most {limits.name_length_max} bytes")
         found[name] = path
     return list(found)
+
+
+def _name_of(image: str) -> str:
+    path = local_path(image)
+    if path is not None:
+        return PurePath(path).stem
+    try:
+        tree = parse_filename(image, {})
+    except ImageError as error:
+        raise DaemonError(error.name, error.reason) from error
+    if is_json(image):
+        raise DaemonError(image, "has no name of its own: give it a --name")
+    return str(tree.get("export", ""))
 
 
 def _threads(count: int, iothreads: Sequence[str]) -> list[str]:

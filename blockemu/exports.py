@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from blockemu.nbd.protocol import TransmissionFlag
+from blockemu.drivers.nbd.protocol import TransmissionFlag
 from blockemu.nbd.statistics import ExportStatistics
 
 if TYPE_CHECKING:

@@ -20,13 +20,11 @@ import stat
 from dataclasses import dataclass
 
 from blockemu.errors import DaemonError
+from blockemu.loop.stream_socket import UNIX_PATH_BYTES_MAX
 
 BACKLOG_DEFAULT = 1024
 """Connections that the kernel completes while we are busy. It drops what comes beyond, and a TCP
 client then tries again only after a second. As many as we serve at once may come at once."""
-
-UNIX_PATH_BYTES_MAX = 107
-"""sun_path is 108 bytes with its final NUL (unix(7))."""
 
 
 @dataclass(slots=True, frozen=True)

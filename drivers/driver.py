@@ -102,6 +102,12 @@ class BlockDriver(ABC):
         """A file that an image beginning with `start` would make us open as well, or None."""
         return None
 
+    @classmethod
+    def options_alone(cls, *, read_only: bool) -> dict[str, Any]:
+        """The options that keep an image from opening files that it names, as far as it can do
+        without them."""
+        return {}
+
     @property
     def request_alignment(self) -> int:
         """Bytes; a power of two. Offsets and lengths handed in are multiples of it, but for the
@@ -229,6 +235,11 @@ class BlockDriver(ABC):
             name,
             f"Can't store persistent bitmaps to {self.node.node_name}: format {self.name} has none",
         )
+
+    def cancel_in_flight(self) -> None:
+        """Requests that wait for somebody who may never answer, such as a server, fail with EIO
+        soon, and so do all later ones. The default has nobody to wait for."""
+        return
 
     async def close(self) -> None:
         """Let go of everything. The node is quiet and flushed; children are closed by the node."""

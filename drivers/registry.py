@@ -13,8 +13,6 @@ says how to state the format.
 from __future__ import annotations
 
 import copy
-import os
-import re
 from collections.abc import Coroutine, Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from blockemu.drivers.child import BdrvChild, Permission, Role
 from blockemu.drivers.driver import BlockDriver
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.filename import identity, is_json, local_path, parse_filename, resolve
 from blockemu.drivers.metadata_budget import MetadataBudget
 from blockemu.drivers.node import DETECT_ZEROES, NESTED_IMAGES_MAX, BlockDriverState
 from blockemu.drivers.options import refuse_unknown, take_bool, take_choice, take_str
@@ -44,12 +43,17 @@ PROBE_BYTES = 4096
 _BUILT_IN = {
     "file": "blockemu.drivers.file:FileDriver",
     "host_device": "blockemu.drivers.file:HostDeviceDriver",
+    "nbd": "blockemu.drivers.nbd.driver:NbdDriver",
     "null-co": "blockemu.drivers.null:NullDriver",
     "qcow2": "blockemu.drivers.qcow2.driver:Qcow2Driver",
     "raw": "blockemu.drivers.raw:RawDriver",
 }
 
-_PROTOCOL_PREFIX = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_MADE_UP = "#block"
+_OF_QCOW2 = "overlap-check"
+"""An option of the command line that other formats have no use for."""
+
+_OF_ALL_BELOW = ("read-only", "force-share")
 
 
 class DriverTable:
@@ -164,7 +168,7 @@ class Opener:
 
     def _made_up_name(self) -> str:
         self._serial += 1
-        return f"#block{self._serial:03d}"
+        return f"{_MADE_UP}{self._serial:03d}"
 
     async def open_child(
         self,
@@ -210,21 +214,29 @@ class Opener:
 
     # --- by name ---
 
-    async def open_backing(self, parent: BlockDriverState, *, filename: str, fmt: str) -> BdrvChild:
+    async def open_backing(
+        self, parent: BlockDriverState, *, filename: str, fmt: str | None
+    ) -> BdrvChild:
         """Open the backing file that the image of `parent` names, read-only, as its "backing".
 
-        A relative name is relative to the folder of the image that names it.
+        A relative path is relative to the folder of the image that names it. `fmt` may be None
+        only for a `json:` name that says the driver itself.
         Raises: ImageError: missing, unreadable, part of its own chain, or of a kind not known.
         """
         image = parent.filename or parent.node_name
-        path = self.resolve_backing(image, filename)
-        real = os.path.realpath(path)
-        chain = parent.backing_names | {os.path.realpath(image)}
-        if real in chain:
+        name = resolve(filename, above=image)
+        try:
+            own = identity(name)
+        except ImageError as error:
+            raise ImageError(image, f"its backing file '{filename}': {error.reason}") from error
+        chain = parent.backing_names | {identity(image)}
+        if own in chain:
             raise ImageError(image, f"its backing file '{filename}' leads back to itself")
         if len(chain) >= BACKING_DEPTH_MAX:
             raise ImageError(image, f"more than {BACKING_DEPTH_MAX} backing files in one chain")
-        options = self.image_options(path, fmt, file_options=parent.file_options)
+        options = self.image_options(name, fmt, file_options=parent.file_options)
+        if "driver" not in options:
+            raise ImageError(image, f"doesn't say which format its backing file '{filename}' has")
         options["read-only"] = True
         own_names, parent.backing_names = parent.backing_names, chain
         shared = Permission.ALL & ~(Permission.WRITE | Permission.RESIZE)
@@ -244,31 +256,101 @@ class Opener:
                 return await open_it()
             return await run_on_fresh_stack(open_it)
         except ImageError as error:
-            if error.name in (path, real):
+            if error.name in (name, own, local_path(name)):
                 reason = f"is the backing file of {image}: {error.reason}"
-                raise ImageError(path, reason) from error
+                raise ImageError(error.name, reason) from error
+            if local_path(name) is None:
+                said = _about(name, error)
+                raise ImageError(image, f"its backing file '{filename}': {said.reason}") from error
             raise
         finally:
             parent.backing_names = own_names
 
-    def resolve_backing(self, image: str, filename: str, *, what: str = "backing file") -> str:
-        """The path that an image's header means by `filename`. Raises: ImageError.
+    def image_options(
+        self, name: str, fmt: str | None, *, file_options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The option tree of the image `name`: of format `fmt`, over the file that the name means.
 
-        `what`: the file that it is the name of, for messages."""
-        prefix = _PROTOCOL_PREFIX.match(filename)
-        if prefix is not None and "/" not in prefix.group():
-            if prefix.group() == "file:":
-                filename = filename[len("file:") :]
-            else:
-                raise ImageError(image, f"{what} '{filename}': not a kind known here")
-        return os.path.join(os.path.dirname(image), filename)
+        A `json:` name has a tree of its own, and its driver holds where `fmt` is None.
+        Raises: ImageError: no such name, or no such format.
+        """
+        tree = parse_filename(name, file_options)
+        if not is_json(name):
+            tree = {"file": tree}
+        if fmt is not None and fmt != tree.get("driver"):
+            self._check_format(name, fmt)
+            tree["driver"] = fmt
+        return tree
 
-    def image_options(self, path: str, fmt: str, *, file_options: dict[str, Any]) -> dict[str, Any]:
-        """The option tree of an image file: a format node over a file node."""
-        return {
-            "driver": fmt,
-            "file": {"driver": "file", "filename": path, **copy.deepcopy(file_options)},
-        }
+    def _check_format(self, name: str, fmt: str) -> None:
+        """Raises: ImageError, when `fmt` is no format of images."""
+        driver = self.drivers.find(fmt)
+        if driver is None or driver.is_protocol:
+            raise ImageError(name, f"there is no image format '{fmt}'")
+
+    async def open_named(
+        self,
+        name: str,
+        *,
+        fmt: str | None,
+        options: dict[str, Any],
+        file_options: dict[str, Any],
+        alone: bool = False,
+    ) -> BlockDriverState:
+        """Open the image that a user calls `name`.
+
+        `options` are those of the image's node, `file_options` those of a host file below it. `fmt`
+        None: found out, unless the name says it; an image that names other files is then refused.
+        `alone`: without the files that it names, and not refused.
+        Suspends: while images are read. Raises: ImageError.
+        """
+        tree = self.image_options(name, fmt, file_options=file_options)
+        try:
+            return await self._open_tree(name, tree, options, alone=alone)
+        except ImageError as error:
+            raise _about(name, error) from error
+
+    async def _open_tree(
+        self, name: str, tree: dict[str, Any], options: dict[str, Any], *, alone: bool
+    ) -> BlockDriverState:
+        if "driver" in tree:
+            return await self.open(self._with(tree, options, alone=alone))
+        shared = {key: value for key, value in options.items() if key in _OF_ALL_BELOW}
+        file = await self._open_file(name, tree.pop("file", None), shared)
+        try:
+            tree["driver"] = await self.guess_format(name, file, trusted=alone)
+            tree["file"] = file.node_name
+            return await self.open(self._with(tree, options, alone=alone))
+        except BaseException:
+            if file.node_name in self.nodes:
+                await file.close()
+            raise
+
+    def _with(
+        self, tree: dict[str, Any], options: dict[str, Any], *, alone: bool
+    ) -> dict[str, Any]:
+        driver = self.drivers.find(tree["driver"]) if isinstance(tree["driver"], str) else None
+        tree |= options
+        if tree["driver"] != "qcow2":
+            tree.pop(_OF_QCOW2, None)
+        if alone and driver is not None:
+            tree |= driver.options_alone(read_only=bool(options.get("read-only")))
+        return tree
+
+    async def open_file(
+        self, name: str, *, options: dict[str, Any], file_options: dict[str, Any]
+    ) -> BlockDriverState:
+        """Open what lies below the image `name`: the host file, or the export. Raises: ImageError.
+
+        For those who look at the bytes of a format themselves.
+        """
+        tree = parse_filename(name, file_options)
+        return await self._open_file(name, tree.get("file", tree), options)
+
+    async def _open_file(self, name: str, tree: Any, options: dict[str, Any]) -> BlockDriverState:
+        if not isinstance(tree, dict):
+            raise ImageError(name, "says neither 'driver' nor 'file'")
+        return await self.open({**tree, **options})
 
     async def open_image(
         self,
@@ -291,59 +373,67 @@ class Opener:
         a qcow2 image.
         Raises: ImageError.
         """
-        if fmt is None:
-            fmt = await self.probe(path)
-        if self.drivers.find(fmt) is None or fmt in ("file", "host_device"):
-            raise ImageError(path, f"there is no image format '{fmt}'")
-        options = self.image_options(
-            path, fmt, file_options={"aio": aio, "cache": {"direct": direct}}
-        )
-        options["read-only"] = read_only
-        options["force-share"] = force_share
-        options["discard"] = discard
-        options["detect-zeroes"] = detect_zeroes
-        if overlap_check is not None and fmt == "qcow2":
-            options["overlap-check"] = overlap_check
+        options: dict[str, Any] = {
+            "read-only": read_only,
+            "force-share": force_share,
+            "discard": discard,
+            "detect-zeroes": detect_zeroes,
+        }
+        if overlap_check is not None:
+            options[_OF_QCOW2] = overlap_check
         if node_name is not None:
             options["node-name"] = node_name
         if snapshot is not None:
             options["snapshot"] = snapshot
-        return await self.open(options)
+        file_options = {"aio": aio, "cache": {"direct": direct}}
+        return await self.open_named(path, fmt=fmt, options=options, file_options=file_options)
 
-    async def probe(self, path: str) -> str:
-        """The format of the image at `path`, by its first bytes.
+    async def probe(self, name: str) -> str:
+        """The format of the image `name`: what the name says, or else by its first bytes.
 
         Raises: ImageError: unreadable, or it names other files, which a probed format may not.
         """
-        start = await self._first_bytes(path)
+        shared: dict[str, Any] = {"read-only": True, "force-share": True}
+        tree = parse_filename(name, {"aio": "threads"})
+        if is_json(name) and "driver" in tree:
+            return take_str(name, tree, "driver")  # type: ignore[no-any-return]
+        file = await self._open_file(name, tree if "driver" in tree else tree.get("file"), shared)
+        try:
+            return await self.guess_format(name, file)
+        finally:
+            await file.close()
+
+    async def guess_format(
+        self, name: str, file: BlockDriverState, *, trusted: bool = False
+    ) -> str:
+        """The format that recognises the first bytes of `file`; raw when none does.
+
+        Raises: ImageError: unreadable, or, unless `trusted`, it names other files.
+        """
+        start = bytearray(min(PROBE_BYTES, file.length_bytes))
+        try:
+            await file.preadv(0, memoryview(start))
+        except OSError as error:
+            raise ImageError.from_os_error(name, error) from error
         for fmt in self.drivers.names():
             driver = self.drivers.find(fmt)
-            if driver is None or not driver.recognises(start):
+            if driver is None or not driver.recognises(bytes(start)):
                 continue
-            other = driver.names_other_file(start)
+            other = None if trusted else driver.names_other_file(bytes(start))
             if other is not None:
                 raise ImageError(
-                    path,
+                    name,
                     f"names another file, '{other}', and its format was only guessed: say "
                     f"-f {fmt} to open both, or -f raw to use the bytes as they are",
                 )
             return fmt
         return "raw"
 
-    async def _first_bytes(self, path: str) -> bytes:
-        try:
-            file = self.files.open(path, read_only=True, direct=False, aio="threads")
-        except OSError as error:
-            raise ImageError.from_os_error(path, error) from error
-        try:
-            file.attach(self.ctx)
-            buffer = bytearray(PROBE_BYTES)
-            got = await file.read(0, memoryview(buffer))
-            return bytes(buffer[:got])
-        except OSError as error:
-            raise ImageError.from_os_error(path, error) from error
-        finally:
-            file.close()
+
+def _about(name: str, error: ImageError) -> ImageError:
+    """The same failure under the image's name, where it has only a node's that was made up."""
+    made_up = error.name == "options" or error.name.startswith(_MADE_UP)
+    return ImageError(name, error.reason) if made_up else error
 
 
 def _take_policies(node: BlockDriverState, options: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from blockemu.drivers.backend import BlockBackend
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.filename import path_to_create, resolve
 from blockemu.drivers.qcow2.create import create as qcow2_create
 from blockemu.drivers.qcow2.create_options import CreateOptions
 from blockemu.jobs.job import Job
@@ -89,7 +90,7 @@ class CreateJob(Job):
         name = self.image.options.get("data_file")
         if self.image.fmt != "qcow2" or name is None:
             return None
-        return self._opener.resolve_backing(self.image.path, name, what="data file")
+        return path_to_create(resolve(name, above=self.image.path, what="data file"))
 
     @asynccontextmanager
     async def _new_file(self, path: str) -> AsyncIterator[BlockDriverState]:

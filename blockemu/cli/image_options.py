@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -48,6 +49,41 @@ def force_share_option(function: F) -> F:
 def quiet_option(function: F) -> F:
     """-q, handed in as `quiet`."""
     return click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")(function)
+
+
+def image_opts_option(parameter: str) -> Callable[[F], F]:
+    """--image-opts: the image names in `parameter` are options. The innermost decorator.
+
+    Of several names in one parameter, the last is the target's, which stays a name.
+    """
+
+    def decorate(function: F) -> F:
+        @wraps(function)
+        def with_names(*args: Any, image_opts: bool, **values: Any) -> Any:
+            if image_opts:
+                if values.get("fmt") is not None:
+                    raise click.UsageError("--image-opts and --format are mutually exclusive.")
+                values[parameter] = _names(values[parameter])
+            return function(*args, **values)
+
+        return click.option(
+            "--image-opts",
+            is_flag=True,
+            help="The image is given as KEY=VALUE,..., such as driver=qcow2,file.filename=X.",
+        )(cast("F", with_names))
+
+    return decorate
+
+
+def _names(value: Any) -> Any:
+    """The `json:` names of options."""
+    from blockemu.drivers.filename import name_of_image_opts
+
+    if isinstance(value, str):
+        return name_of_image_opts(value)
+    if isinstance(value, tuple):
+        return (*(name_of_image_opts(text) for text in value[:-1]), value[-1])
+    return value
 
 
 def cache_option(name: str, parameter: str, *, default: str, what: str) -> Callable[[F], F]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import click
 
-from blockemu.cli.image_options import format_option, output_option, quiet_option
+from blockemu.cli.image_options import format_option, image_opts_option, output_option, quiet_option
 from blockemu.cli.verbosity import verbose_option
 
 EPILOG = """
@@ -40,6 +40,7 @@ Examples:
 @click.argument("filename", metavar="FILE")
 @click.help_option("-h", "--help")
 @verbose_option
+@image_opts_option("filename")
 def check(
     fmt: str | None,
     output: str,

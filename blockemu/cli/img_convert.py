@@ -5,7 +5,12 @@ from __future__ import annotations
 
 import click
 
-from blockemu.cli.image_options import cache_option, force_share_option, quiet_option
+from blockemu.cli.image_options import (
+    cache_option,
+    force_share_option,
+    image_opts_option,
+    quiet_option,
+)
 from blockemu.cli.progress import progress_bar, progress_option
 from blockemu.cli.sizes import read_size
 from blockemu.cli.verbosity import verbose_option
@@ -92,6 +97,7 @@ Examples:
 @click.argument("filenames", metavar="SRC... DST", nargs=-1, required=True)
 @click.help_option("-h", "--help")
 @verbose_option
+@image_opts_option("filenames")
 def convert(
     fmt: str | None,
     target_fmt: str,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import click
 
 from blockemu.cli.failure import one_line
-from blockemu.cli.image_options import force_share_option, output_option
+from blockemu.cli.image_options import force_share_option, image_opts_option, output_option
 from blockemu.cli.sizes import read_size
 from blockemu.cli.verbosity import verbose_option
 
@@ -48,6 +48,7 @@ Examples:
 @click.argument("filename", metavar="FILE")
 @click.help_option("-h", "--help")
 @verbose_option
+@image_opts_option("filename")
 def map_(
     fmt: str | None, output: str, start: int, length: int | None, force_share: bool, filename: str
 ) -> None:

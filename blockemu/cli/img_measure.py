@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import click
 
-from blockemu.cli.image_options import force_share_option, output_option
+from blockemu.cli.image_options import force_share_option, image_opts_option, output_option
 from blockemu.cli.sizes import read_size
 from blockemu.cli.verbosity import verbose_option
 
@@ -47,6 +47,7 @@ Examples:
 @click.argument("filename", metavar="[FILE]", required=False)
 @click.help_option("-h", "--help")
 @verbose_option
+@image_opts_option("filename")
 def measure(
     output: str,
     target_fmt: str,

@@ -7,12 +7,12 @@ cut off, or with another chain beside it.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.filename import identity, resolve
 from blockemu.drivers.registry import BACKING_DEPTH_MAX
-from blockemu.img.info import guess_format
+from blockemu.img.info import open_layer
 
 if TYPE_CHECKING:
     from blockemu.drivers.node import BlockDriverState
@@ -37,22 +37,11 @@ async def read_link(
 
     Raises: ImageError.
     """
-    shared = {"read-only": True, "force-share": force_share}
-    file = await opener.open({"driver": "file", "filename": path, "aio": "threads", **shared})
-    try:
-        if fmt is None:
-            fmt = await guess_format(opener, file)
-        if fmt in ("file", "host_device") or opener.drivers.find(fmt) is None:
-            raise ImageError(path, f"there is no image format '{fmt}'")
-        alone = {} if fmt == "raw" else {"backing": None}
-        node = await opener.open({"driver": fmt, "file": file.node_name, **alone, **shared})
-    except BaseException:
-        await file.close()
-        raise
+    node = await open_layer(opener, path, fmt=fmt, read_only=True, force_share=force_share)
     try:
         facts = node.driver.info()
         return Link(
-            path, fmt, node.length_bytes, facts.get("cluster-size", 65536),
+            path, node.driver.name, node.length_bytes, facts.get("cluster-size", 65536),
             facts.get("backing-filename"), facts.get("backing-filename-format"),
         )  # fmt: skip
     finally:
@@ -62,15 +51,15 @@ async def read_link(
 async def read_chain(opener: Opener, path: str, *, fmt: str | None) -> list[Link]:
     """The image at `path` and all below it. Raises: ImageError: missing, or leads to itself."""
     chain = [await read_link(opener, path, fmt=fmt)]
-    seen = {os.path.realpath(path)}
+    seen = {identity(path)}
     while (backing := chain[-1].backing_file) is not None:
         above = chain[-1].path
-        below = opener.resolve_backing(above, backing)
-        if os.path.realpath(below) in seen:
+        below = resolve(backing, above=above)
+        if identity(below) in seen:
             raise ImageError(above, f"its backing file '{backing}' leads back to itself")
         if len(chain) >= BACKING_DEPTH_MAX:
             raise ImageError(path, f"more than {BACKING_DEPTH_MAX} backing files in one chain")
-        seen.add(os.path.realpath(below))
+        seen.add(identity(below))
         below_fmt = chain[-1].backing_fmt
         if not below_fmt:
             raise ImageError(above, f"doesn't say which format its backing file '{backing}' has")
@@ -82,22 +71,21 @@ async def read_chain(opener: Opener, path: str, *, fmt: str | None) -> list[Link
 
 
 async def open_beside(
-    opener: Opener, node: BlockDriverState, *, image: str, options: dict[str, Any]
+    opener: Opener, node: BlockDriverState, *, image: str, name: str, options: dict[str, Any]
 ) -> BlockDriverState:
     """Open a chain that the image of `node` may get as its backing chain. Read-only.
 
-    `options` are those of the chain's first image. Raises: ImageError: it leads back to the image,
-    or what `Opener.open` raises.
+    `name` is that of the chain's first image, `options` are its options.
+    Raises: ImageError: it leads back to the image, or what `Opener.open` raises.
     """
-    path = options["file"]["filename"]
-    own, real = node.backing_names, os.path.realpath(image)
-    if os.path.realpath(path) == real:
+    own, real = node.backing_names, identity(image)
+    if identity(name) == real:
         raise ImageError(image, "an image can't be its own backing file")
     node.backing_names = own | {real}
     try:
         return await opener.open({**options, "read-only": True}, above=node)
     except ImageError as error:
-        raise _below(error, path, image) from error
+        raise _below(error, name, image) from error
     finally:
         node.backing_names = own
 

@@ -15,7 +15,6 @@ from blockemu.drivers.errors import ImageError
 from blockemu.drivers.qcow2.findings import CheckResult, Say, say_nothing
 from blockemu.drivers.qcow2.repair import Repair, check_image
 from blockemu.drivers.registry import Opener
-from blockemu.img.info import guess_format
 from blockemu.img.session import run_session
 from blockemu.loop.host_file import FileEngine
 
@@ -85,17 +84,14 @@ async def _read_check(
     force_share: bool,
     say: Say,
 ) -> CheckReport:
-    node = await opener.open(
-        {
-            "driver": "file",
-            "filename": path,
-            "read-only": repair is None,
-            "force-share": force_share,
-        }
+    node = await opener.open_file(
+        path,
+        options={"read-only": repair is None, "force-share": force_share},
+        file_options={},
     )
     try:
         if fmt is None:
-            fmt = await guess_format(opener, node)
+            fmt = await opener.guess_format(path, node, trusted=True)
         driver = opener.drivers.find(fmt)
         if driver is None or driver.is_protocol:
             raise ImageError(path, f"there is no image format '{fmt}'")

@@ -7,13 +7,13 @@ chain of their own that ends above the base: what they hold is all that is read 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.backend import BlockBackend
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.filename import identity
 from blockemu.img.chain import Link, read_chain
 from blockemu.img.session import finish, open_image, run_session
 from blockemu.jobs.commit import CommitJob
@@ -80,10 +80,10 @@ def _find_base(opener: Opener, request: CommitRequest, chain: list[Link]) -> int
     """How many images are above the base. Raises: ImageError."""
     if request.base is None:
         return 1
-    wanted = os.path.realpath(request.base)
+    wanted = identity(request.base)
     for depth in range(1, len(chain)):
         named = chain[depth - 1].backing_file
-        if named == request.base or os.path.realpath(chain[depth].path) == wanted:
+        if named == request.base or identity(chain[depth].path) == wanted:
             return depth
     raise ImageError(request.path, f"there is no '{request.base}' in its backing chain")
 

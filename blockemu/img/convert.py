@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from blockemu.drivers.chain_status import backing_node
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.filename import path_to_create, resolve
 from blockemu.drivers.sector import SECTOR_BYTES, sectors_up
 from blockemu.img.copy_bitmaps import bitmaps_to_copy, copy_bitmaps
 from blockemu.img.create import CreateRequest, run_create
@@ -136,7 +137,7 @@ async def convert_opened(
         option_texts=request.option_texts,
         backing_file=request.backing_file, backing_fmt=request.backing_fmt,
     )  # fmt: skip
-    made = [path for path in _files_of(to_create, opener) if not os.path.lexists(path)]
+    made = [path for path in _files_of(to_create) if not os.path.lexists(path)]
     try:
         await run_create(to_create, opener, cache=request.target_cache)
         await _copy(opener, request, sources, bitmaps, progress, warn)
@@ -206,13 +207,14 @@ def _new_image_is_blank(target: BlockBackend) -> bool:
     )
 
 
-def _files_of(request: CreateRequest, opener: Opener) -> list[str]:
+def _files_of(request: CreateRequest) -> list[str]:
     """The files that a new image consists of. Raises: ImageError."""
+    files = [path_to_create(request.path)]
     data_file = request.options.get("data_file")
-    if data_file is None:
-        return [request.path]
-    path = opener.resolve_backing(request.path, str(data_file), what="data file")
-    return [request.path, path]
+    if data_file is not None:
+        name = resolve(str(data_file), above=request.path, what="external data file")
+        files.append(path_to_create(name))
+    return files
 
 
 def _remove(path: str) -> None:

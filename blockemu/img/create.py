@@ -7,11 +7,11 @@ it, and it has to be there, unless the user says that it needn't.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.filename import path_to_create, resolve
 from blockemu.drivers.options import parse_size
 from blockemu.drivers.registry import Opener
 from blockemu.img.options import OptionValue, format_options, formatting_line, parse_options
@@ -45,6 +45,7 @@ class CreateRequest:
 
         Raises: ImageError.
         """
+        path_to_create(path)
         options = parse_options(path, fmt, option_texts)
         known = {spec.name for spec in format_options(path, fmt)}
         for key, value in (("backing_file", backing_file), ("backing_fmt", backing_fmt)):
@@ -126,7 +127,7 @@ async def run_create(
     job = CreateJob(
         "create",
         NewImage(
-            path=request.path,
+            path=path_to_create(request.path),
             fmt=request.fmt,
             size_bytes=size_bytes,
             options=options,
@@ -140,7 +141,7 @@ async def run_create(
 async def _backing_size(request: CreateRequest, opener: Opener) -> int:
     """The backing image's size; opening it is also how we know that it is there and sound."""
     assert request.backing_file is not None
-    path = os.path.join(os.path.dirname(request.path), request.backing_file)
+    path = resolve(request.backing_file, above=request.path)
     try:
         node = await opener.open_image(
             path,

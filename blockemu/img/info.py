@@ -12,7 +12,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from blockemu.drivers.errors import ImageError
-from blockemu.drivers.registry import PROBE_BYTES, Opener
+from blockemu.drivers.filename import identity, is_json, resolve
+from blockemu.drivers.registry import BACKING_DEPTH_MAX, Opener
 from blockemu.img.session import run_session
 from blockemu.img.size import format_size
 from blockemu.img.snapshot_list import format_snapshots
@@ -49,6 +50,42 @@ def read_info(
     return run_session(lambda opener: _read_info(opener, path, fmt, force_share), files=files)
 
 
+def read_chain_info(
+    path: str, *, fmt: str | None = None, force_share: bool = False, files: FileEngine | None = None
+) -> list[Facts]:
+    """Describe the image at `path`, its backing file, and so on. Otherwise as `read_info`.
+
+    An image whose format was only guessed may lead nowhere. Raises: ImageError, for a loop, too.
+    """
+    return run_session(lambda opener: _read_chain(opener, path, fmt, force_share), files=files)
+
+
+async def _read_chain(opener: Opener, path: str, fmt: str | None, force_share: bool) -> list[Facts]:
+    chain: list[Facts] = []
+    seen: set[str] = set()
+    name: str | None = path
+    while name is not None:
+        if identity(name) in seen:
+            raise ImageError(path, f"backing file '{name}' creates an infinite loop")
+        if len(seen) > BACKING_DEPTH_MAX:
+            raise ImageError(path, f"more than {BACKING_DEPTH_MAX} backing files in one chain")
+        seen.add(identity(name))
+        facts = await _read_info(opener, name, fmt, force_share)
+        chain.append(facts)
+        guessed = fmt is None and not is_json(name)
+        backing, fmt = facts.get("backing-filename"), facts.get("backing-filename-format")
+        if backing is None:
+            break
+        if guessed:
+            raise ImageError(
+                name,
+                f"names another file, '{backing}', and its format was only guessed: say "
+                f"-f {facts['format']} to describe both",
+            )
+        name = resolve(backing, above=facts["filename"])
+    return chain
+
+
 async def _read_info(opener: Opener, path: str, fmt: str | None, force_share: bool) -> Facts:
     node = await open_layer(opener, path, fmt=fmt, read_only=True, force_share=force_share)
     try:
@@ -64,35 +101,13 @@ async def open_layer(
 
     Context: that of `opener`. Raises: ImageError.
     """
-    options = {"driver": "file", "filename": path, "aio": "threads"}
-    shared = {"read-only": read_only, "force-share": force_share}
-    file = await opener.open({**options, **shared})
-    try:
-        if fmt is None:
-            fmt = await guess_format(opener, file)
-        known = {} if fmt == "raw" else {"backing": None}
-        if fmt == "qcow2" and read_only:
-            known["data-file"] = None
-        if fmt in ("file", "host_device") or opener.drivers.find(fmt) is None:
-            raise ImageError(path, f"there is no image format '{fmt}'")
-        return await opener.open({"driver": fmt, "file": file.node_name, **known, **shared})
-    except BaseException:
-        await file.close()
-        raise
-
-
-async def guess_format(opener: Opener, file: BlockDriverState) -> str:
-    """The format that recognises the first bytes of `file`; raw when none does."""
-    start = bytearray(min(PROBE_BYTES, file.length_bytes))
-    try:
-        await file.preadv(0, memoryview(start))
-    except OSError as error:
-        raise ImageError.from_os_error(file.filename or file.node_name, error) from error
-    for name in opener.drivers.names():
-        driver = opener.drivers.find(name)
-        if driver is not None and driver.recognises(bytes(start)):
-            return name
-    return "raw"
+    return await opener.open_named(
+        path,
+        fmt=fmt,
+        options={"read-only": read_only, "force-share": force_share},
+        file_options={"aio": "threads"},
+        alone=True,
+    )
 
 
 def image_info(node: BlockDriverState) -> Facts:
@@ -108,9 +123,27 @@ def image_info(node: BlockDriverState) -> Facts:
     facts.update(node.driver.info())
     backing = facts.get("backing-filename")
     if backing is not None:
-        facts["full-backing-filename"] = os.path.join(os.path.dirname(facts["filename"]), backing)
-    facts.setdefault("dirty-flag", False)
+        full = _full_name(facts["filename"], backing)
+        if full is not None:
+            facts["full-backing-filename"] = full
+    if not _is_remote(node):
+        facts.setdefault("dirty-flag", False)
     return facts
+
+
+def _full_name(image: str, backing: str) -> str | None:
+    """The backing file's name from here; None, where there is none."""
+    try:
+        return resolve(backing, above=image)
+    except ImageError:
+        return None
+
+
+def _is_remote(node: BlockDriverState) -> bool:
+    """Whether its bytes, unchanged, are an export's: of that QEMU knows no such flag."""
+    while node.driver.name == "raw":
+        node = node.children["file"].node
+    return node.driver.name == "nbd"
 
 
 def _allocated_bytes(node: BlockDriverState) -> int | None:
@@ -123,8 +156,8 @@ def _allocated_bytes(node: BlockDriverState) -> int | None:
         return None
 
 
-def format_json(facts: Facts) -> str:
-    """`--output json`."""
+def format_json(facts: Facts | list[Facts]) -> str:
+    """`--output json`, of one image or of a chain."""
     return json.dumps(facts, indent=4)
 
 
@@ -140,7 +173,7 @@ def format_human(facts: Facts) -> str:
     ]
     if "cluster-size" in facts:
         lines.append(f"cluster_size: {facts['cluster-size']}")
-    if facts["dirty-flag"]:
+    if facts.get("dirty-flag"):
         lines.append("cleanly shut down: no")
     lines += _backing_lines(facts)
     lines += format_snapshots(facts.get("snapshots", []))
@@ -151,11 +184,16 @@ def format_human(facts: Facts) -> str:
     return "\n".join(lines)
 
 
+def format_human_chain(chain: list[Facts]) -> str:
+    """`--output human`, of a chain."""
+    return "\n\n".join(format_human(facts) for facts in chain)
+
+
 def _backing_lines(facts: Facts) -> list[str]:
     backing = facts.get("backing-filename")
     if backing is None:
         return []
-    full = facts["full-backing-filename"]
+    full = facts.get("full-backing-filename", backing)
     lines = [f"backing file: {backing}" + (f" (actual path: {full})" if full != backing else "")]
     if "backing-filename-format" in facts:
         lines.append(f"backing file format: {facts['backing-filename-format']}")

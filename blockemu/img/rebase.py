@@ -7,13 +7,13 @@ the new one side by side, and has the rebase job make up for their differences.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from blockemu.drivers.backend import BlockBackend
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.filename import identity, resolve
 from blockemu.img.chain import Link, open_beside, read_link
 from blockemu.img.session import finish, run_session
 from blockemu.jobs.rebase import RebaseJob
@@ -70,8 +70,8 @@ async def _rebase(
     if link.fmt == "raw":
         raise ImageError(request.path, "format raw has no backing files")
     if request.backing_file:
-        path = opener.resolve_backing(request.path, request.backing_file)
-        if os.path.realpath(path) == os.path.realpath(request.path):
+        name = resolve(request.backing_file, above=request.path)
+        if identity(name) == identity(request.path):
             raise ImageError(request.path, "an image can't be its own backing file")
     options = opener.image_options(request.path, link.fmt, file_options=FILE_OPTIONS)
     below = {"backing": None} if request.unsafe else _old_backing(opener, request, link)
@@ -99,8 +99,8 @@ def _old_backing(opener: Opener, request: RebaseRequest, link: Link) -> dict[str
         return {"backing": {"driver": "null-co", "size": link.length_bytes, "read-zeroes": True}}
     if not request.force_share or not link.backing_fmt:
         return {}  # as its header says
-    path = opener.resolve_backing(request.path, link.backing_file)
-    options = opener.image_options(path, link.backing_fmt, file_options=FILE_OPTIONS)
+    name = resolve(link.backing_file, above=request.path)
+    options = opener.image_options(name, link.backing_fmt, file_options=FILE_OPTIONS)
     return {"backing": {**options, "read-only": True, "force-share": True}}
 
 
@@ -114,10 +114,10 @@ async def _copy_and_switch(
     new: BlockDriverState | None = None
     if request.backing_file:
         assert request.backing_fmt is not None
-        path = opener.resolve_backing(request.path, request.backing_file)
-        options = opener.image_options(path, request.backing_fmt, file_options=FILE_OPTIONS)
+        name = resolve(request.backing_file, above=request.path)
+        options = opener.image_options(name, request.backing_fmt, file_options=FILE_OPTIONS)
         options["force-share"] = request.force_share
-        new = await open_beside(opener, image.node, image=request.path, options=options)
+        new = await open_beside(opener, image.node, image=request.path, name=name, options=options)
     try:
         job = RebaseJob(
             "rebase", image, new_backing=new, filename=request.backing_file or None,

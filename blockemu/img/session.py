@@ -2,7 +2,8 @@
 """What the img subcommands share: a loop for the time of one command, and images opened in it.
 
 Ctrl-C doesn't tear a command from the middle of a step: the command's task is cancelled, closes its
-images (and removes what it had half made), and then the interrupt goes on to the caller.
+images (and removes what it had half made), and then the interrupt goes on to the caller. A second
+one no longer waits for servers that don't answer.
 """
 
 from __future__ import annotations
@@ -46,8 +47,20 @@ def run_session(
     ctx = AioContext("main")
     ctx.adopt()
     try:
-        task = ctx.spawn(work(Opener(files=files or PosixFiles(), ctx=ctx)))
-        watcher = SignalWatcher(ctx, (signal.SIGINT,), lambda signum: task.cancel())
+        opener = Opener(files=files or PosixFiles(), ctx=ctx)
+        interrupts = 0
+
+        def interrupt(signum: int) -> None:
+            nonlocal interrupts
+            interrupts += 1
+            if interrupts == 1:
+                task.cancel()
+            else:
+                for node in opener.nodes.values():
+                    node.driver.cancel_in_flight()
+
+        task = ctx.spawn(work(opener))
+        watcher = SignalWatcher(ctx, (signal.SIGINT,), interrupt)
         try:
             while not task.done():
                 ctx.poll(blocking=True)
@@ -130,18 +143,17 @@ async def _open_node(
     force_share: bool,
     snapshot: str | None = None,
 ) -> BlockDriverState:
-    if fmt is None:
-        fmt = await opener.probe(path)
-    if opener.drivers.find(fmt) is None or fmt in ("file", "host_device"):
-        raise ImageError(path, f"there is no image format '{fmt}'")
-    options = opener.image_options(
-        path, fmt, file_options={"aio": aio, "cache": CACHE_MODES[cache]}
-    )
+    options: dict[str, Any] = {"read-only": not writable, "force-share": force_share}
     if snapshot is not None:
         if fmt == "raw":
             raise ImageError(path, "format raw has no internal snapshots")
         options["snapshot"] = snapshot
-    return await opener.open({**options, "read-only": not writable, "force-share": force_share})
+    return await opener.open_named(
+        path,
+        fmt=fmt,
+        options=options,
+        file_options={"aio": aio, "cache": CACHE_MODES[cache]},
+    )
 
 
 @asynccontextmanager

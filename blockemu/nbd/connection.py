@@ -23,12 +23,13 @@ from collections.abc import Callable
 from socket import SHUT_WR
 from typing import TYPE_CHECKING
 
-from blockemu.nbd.protocol import NbdError
-from blockemu.nbd.socket_options import may_lose_data
+from blockemu.drivers.nbd.protocol import NbdError
+from blockemu.loop.socket_options import may_lose_data
 
 if TYPE_CHECKING:
     import socket
 
+    from blockemu.drivers.nbd.protocol import NbdError
     from blockemu.exports import Export
     from blockemu.limits import Limits
     from blockemu.loop.buffers import BufferPool

@@ -20,9 +20,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from blockemu.loop.sync import yield_now
-from blockemu.nbd.negotiation_stream import NegotiationError, NegotiationStream
-from blockemu.nbd.protocol import (
+from blockemu.drivers.nbd.negotiation_stream import NegotiationError, NegotiationStream
+from blockemu.drivers.nbd.protocol import (
     CLIENT_FLAGS,
     EXPORT_NAME_REPLY,
     EXPORT_NAME_ZEROES,
@@ -40,6 +39,7 @@ from blockemu.nbd.protocol import (
     Option,
     Reply,
 )
+from blockemu.loop.sync import yield_now
 
 if TYPE_CHECKING:
     from blockemu.exports import Export, ExportTable

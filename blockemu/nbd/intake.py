@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from blockemu.nbd.protocol import (
+from blockemu.drivers.nbd.protocol import (
     NBD_REQUEST_MAGIC,
     NBD_SIMPLE_REPLY_MAGIC,
     REQUEST,
@@ -23,7 +23,7 @@ from blockemu.nbd.protocol import (
     NbdError,
     request_word,
 )
-from blockemu.nbd.receive_buffer import WAIT_BYTES_MAX, ReceiveBuffer
+from blockemu.drivers.nbd.receive_buffer import WAIT_BYTES_MAX, ReceiveBuffer
 from blockemu.nbd.reply_queue import EARLY_REPLY_BYTES
 from blockemu.nbd.request import DISC, READ, WRITE, Request, check
 

@@ -21,10 +21,10 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from blockemu.drivers.nbd.protocol import NbdError, error_of_errno
 from blockemu.loop.buffers import Buffer
 from blockemu.nbd._transmission import ffi, lib
 from blockemu.nbd.connection import BaseConnection, State
-from blockemu.nbd.protocol import NbdError, error_of_errno
 from blockemu.nbd.request import READ, WITH_DATA, Request, check
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.driver import RequestFlags
+from blockemu.drivers.nbd.protocol import Command, CommandFlag, NbdError, error_of_errno
 from blockemu.loop.coroutine import Cancelled
-from blockemu.nbd.protocol import Command, CommandFlag, NbdError, error_of_errno
 
 if TYPE_CHECKING:
     from blockemu.drivers.direct_map import DirectMap, Pin

@@ -19,10 +19,10 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from blockemu.drivers.nbd.negotiation_stream import NegotiationError, NegotiationStream
+from blockemu.loop.socket_options import tune
 from blockemu.loop.sync import WaitQueue
 from blockemu.nbd.handshake import Negotiation
-from blockemu.nbd.negotiation_stream import NegotiationError, NegotiationStream
-from blockemu.nbd.socket_options import tune
 from blockemu.nbd.transmission import Connection
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from blockemu.nbd.protocol import Command
+from blockemu.drivers.nbd.protocol import Command
 
 if TYPE_CHECKING:
     from blockemu.nbd._transmission import NativeCounters, NativeStatistics

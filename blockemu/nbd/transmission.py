@@ -27,14 +27,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from blockemu.nbd.connection import BaseConnection, State
-from blockemu.nbd.intake import Intake
-from blockemu.nbd.protocol import (
+from blockemu.drivers.nbd.protocol import (
     NBD_SIMPLE_REPLY_MAGIC,
     SIMPLE_REPLY,
     SIMPLE_REPLY_OK,
     NbdError,
 )
+from blockemu.nbd.connection import BaseConnection, State
+from blockemu.nbd.intake import Intake
 from blockemu.nbd.reply_queue import EARLY_REPLY_BYTES, EARLY_REPLY_PARTS, ReplyQueue
 from blockemu.nbd.request import READ, WITH_DATA, Request
 

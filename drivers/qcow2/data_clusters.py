@@ -20,12 +20,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from blockemu.drivers.qcow2.cluster_map import ClusterMap, Extent, Kind
+from blockemu.drivers.qcow2.data_file import DataFile
 from blockemu.drivers.qcow2.guest_erase import GuestEraser
 from blockemu.drivers.qcow2.guest_write import GuestWriter, Target
 from blockemu.drivers.qcow2.layout import COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK, ZERO
 
 if TYPE_CHECKING:
-    from blockemu.drivers.qcow2.data_file import DataFile
     from blockemu.drivers.qcow2.metadata_writer import Reference
     from blockemu.drivers.qcow2.table_cache import Slice
 
@@ -81,10 +81,6 @@ class DataFileMap(ClusterMap):
 class DataFileWriter(GuestWriter):
     """Writes; what isn't mapped yet is written whole, and then mapped."""
 
-    def __init__(self, *args: Any, file: DataFile, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._file = file
-
     async def _take(self, cluster: int, count: int) -> Target:
         await self._clusters.make_writable(cluster)
         found = await self._clusters.load(cluster)
@@ -102,7 +98,8 @@ class DataFileWriter(GuestWriter):
         """Where the data file has a hole, what lies around the request is zeroes already."""
         start, length = target.first << self._bits, target.clusters << self._bits
         if len(view) < min(length, self.disk_bytes - start):
-            target = target._replace(reads_zero=await self._file.reads_zero(start, length))
+            assert isinstance(self._data.file, DataFile)
+            target = target._replace(reads_zero=await self._data.file.reads_zero(start, length))
         await super()._fill(target, offset, view)
 
     async def map_all(self, first: int, last: int) -> None:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from blockemu.drivers.child import Role
 from blockemu.drivers.driver import RequestFlags
 from blockemu.drivers.errors import ImageError, io_error
+from blockemu.drivers.filename import parse_filename, resolve
 from blockemu.drivers.qcow2.guest_data import GuestData
 from blockemu.drivers.qcow2.image_file import ImageFile
 
@@ -122,7 +123,7 @@ async def open_data_file(
     The option null leaves the file alone: the image then can be described, but not read.
     Raises: ImageError.
     """
-    given = options.pop(CHILD) if CHILD in options else _named(name, header, node, opener)
+    given = options.pop(CHILD) if CHILD in options else _named(name, header, node)
     if given is None:
         if header.has_data_file and not node.read_only:
             raise ImageError(name, f"can't be written to without its data file ({CHILD})")
@@ -154,16 +155,15 @@ def _refuse_self(name: str, node: BlockDriverState, other: object) -> None:
         raise ImageError(name, "can't be its own external data file")
 
 
-def _named(
-    name: str, header: Header, node: BlockDriverState, opener: Opener
-) -> dict[str, Any] | None:
+def _named(name: str, header: Header, node: BlockDriverState) -> dict[str, Any] | None:
     if not header.has_data_file:
         return None
     if header.data_file is None:
         raise ImageError(
             name, f"has an external data file and doesn't say which: give the option '{CHILD}'"
         )
-    path = opener.resolve_backing(
-        node.filename or name, header.data_file, what="external data file"
-    )
-    return {"driver": "file", "filename": path, **node.file_options}
+    path = resolve(header.data_file, above=node.filename or name, what="external data file")
+    tree = parse_filename(path, node.file_options)
+    if "driver" not in tree:
+        raise ImageError(name, f"external data file '{path}': says no driver")
+    return tree

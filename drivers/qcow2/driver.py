@@ -17,6 +17,7 @@ from blockemu.drivers.direct_map import PAGE_BYTES, PAGES_MAX, DirectMap
 from blockemu.drivers.drain import DrainedSection
 from blockemu.drivers.driver import BlockDriver, BlockStatus, RequestFlags
 from blockemu.drivers.errors import ImageError, io_error
+from blockemu.drivers.filename import is_json
 from blockemu.drivers.map_slot import MapSlot
 from blockemu.drivers.options import take_str
 from blockemu.drivers.qcow2 import resize, snapshot, status
@@ -118,6 +119,11 @@ class Qcow2Driver(BlockDriver):
     @classmethod
     def names_other_file(cls, start: bytes) -> str | None:
         return names_other_file(start)
+
+    @classmethod
+    def options_alone(cls, *, read_only: bool) -> dict[str, Any]:
+        # Without its data file it can't be written to.
+        return {"backing": None, "data-file": None} if read_only else {"backing": None}
 
     @property
     def length_bytes(self) -> int:
@@ -488,7 +494,7 @@ async def _open_backing(
     if backing is None:
         return None
     fmt = header.backing_format
-    if not fmt:
+    if not fmt and not is_json(backing):
         raise ImageError(
             name,
             f"doesn't say which format its backing file '{backing}' has, and guessing isn't safe; "
@@ -496,4 +502,4 @@ async def _open_backing(
         )
     if fmt == "file":
         fmt = "raw"
-    return await opener.open_backing(node, filename=backing, fmt=fmt)
+    return await opener.open_backing(node, filename=backing, fmt=fmt or None)

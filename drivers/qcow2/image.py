@@ -76,7 +76,7 @@ WHOLE_CLUSTER_PARTS = Parts()
 SUBCLUSTER_PARTS = Parts(
     ExtendedTableCache, SubclusterMap, SubclusterReader, SubclusterWriter, SubclusterEraser
 )
-DATA_FILE_PARTS = Parts(clusters=DataFileMap)
+DATA_FILE_PARTS = Parts(clusters=DataFileMap, guest_writer=DataFileWriter)
 
 
 @dataclass(slots=True)
@@ -240,10 +240,7 @@ def _assemble(
     if data_file is None:
         reader.used_end = lambda: refcounts.used_end
         overlaps.is_mapped = reader.is_mapped
-    make_writer: Callable[..., GuestWriter] = kinds.guest_writer
-    if data_file is not None:
-        make_writer = partial(DataFileWriter, file=data_file)
-    guest_writer = make_writer(
+    guest_writer = kinds.guest_writer(
         layout, data=data, clusters=clusters, refcounts=refcounts, writer=writer, reader=reader,
         mutex=mutex, buffers=buffers, disk_bytes=header.size,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import random
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from blockemu.loop.aio_context import AioContext
 from blockemu.loop.host_file import PosixFiles
 from blockemu.loop.iothread import IOThread
 from blockemu.loop.sync import gather
-from tests.peers.qemu import QemuImg
+from tests.peers.nbdkit import NbdKit
+from tests.peers.process import ServerProcess
+from tests.peers.qemu import QemuImg, QemuNbd
 from tests.peers.requirement import require_peer
 
 SIZE = (1 << 20) + 512
@@ -95,6 +98,46 @@ CASES: dict[str, Callable[[Path], Options]] = {
 }
 
 
+def _nbd(server: ServerProcess, **options: Any) -> Options:
+    address = {"type": "unix", "path": str(server.socket_path)}
+    return {"driver": "nbd", "server": address, "export": server.export, **options}
+
+
+def _qemu_nbd(folder: Path, servers: ExitStack) -> Options:
+    require_peer("qemu-nbd")
+    _plain(folder)
+    path = folder / "disk.raw"
+    server = QemuNbd(path, fmt="raw", socket_path=folder / "nbd", export="disk")
+    return _nbd(servers.enter_context(server))
+
+
+def _nbdkit(folder: Path, servers: ExitStack, *filters: str, **parameters: str) -> Options:
+    require_peer("nbdkit")
+    _plain(folder)
+    server = NbdKit(
+        folder / "disk.raw",
+        socket_path=folder / "nbd",
+        filters=filters,
+        extra=[f"{key.replace('_', '-')}={value}" for key, value in parameters.items()],
+    )
+    return _nbd(servers.enter_context(server))
+
+
+SERVED: dict[str, Callable[[Path, ExitStack], Options]] = {
+    "nbd-qemu": _qemu_nbd,
+    "nbd-kit": _nbdkit,
+    "nbd-kit-blocks": lambda folder, servers: _nbdkit(
+        folder, servers, "blocksize-policy", blocksize_error_policy="error",
+        blocksize_minimum="512", blocksize_preferred="4096", blocksize_maximum="8192",
+    ),
+    "nbd-kit-bare": lambda folder, servers: _nbdkit(
+        folder, servers, "nozero", "noextents", zeromode="none",
+    ),
+    "raw-nbd": lambda folder, servers: {"driver": "raw", "file": _qemu_nbd(folder, servers)},
+}  # fmt: skip
+"""Those that need a server."""
+
+
 @dataclass
 class Device:
     """A node and the bytes that it should hold."""
@@ -140,9 +183,17 @@ def ctx() -> Iterator[AioContext]:
     context.close()
 
 
-@pytest.fixture(params=list(CASES))
+@pytest.fixture(params=[*CASES, *SERVED])
 def device(request: pytest.FixtureRequest, ctx: AioContext, tmp_path: Path) -> Iterator[Device]:
-    options = CASES[request.param](tmp_path)
+    with ExitStack() as servers:
+        if request.param in SERVED:
+            options = SERVED[request.param](tmp_path, servers)
+        else:
+            options = CASES[request.param](tmp_path)
+        yield from _opened(ctx, options, tmp_path)
+
+
+def _opened(ctx: AioContext, options: Options, folder: Path) -> Iterator[Device]:
     opener = Opener(files=PosixFiles(), ctx=ctx)
     node = ctx.run(opener.open(options))
     made = Device(ctx, options, opener, node)
@@ -150,7 +201,7 @@ def device(request: pytest.FixtureRequest, ctx: AioContext, tmp_path: Path) -> I
     if made.node.node_name in opener.nodes:
         ctx.run(made.node.flush())
         ctx.run(made.node.close())
-    image = tmp_path / "disk.qcow2"
+    image = folder / "disk.qcow2"
     if image.exists():
         verdict = QemuImg.check(image)
         assert verdict.corruptions == 0, verdict.text

@@ -16,7 +16,7 @@ class BlockemuDaemon(ServerProcess):
 
     def __init__(
         self,
-        *images: Path,
+        *images: Path | str,
         fmt: str | None,
         socket_path: Path,
         export: str | None = None,

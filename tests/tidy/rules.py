@@ -87,8 +87,9 @@ SEAMS = (
     ),
     Seam(
         frozenset({"socket", "socketserver", "ssl"}),
-        ("blockemu/", "loop/signals.py"),  # a signal's wake-up byte needs a socket pair
-        "sockets are floor 4's: hand in what the code needs from the peer",
+        # A signal's wake-up byte needs a socket pair.
+        ("blockemu/", "loop/signals.py", "loop/stream_socket.py", "loop/socket_options.py"),
+        "servers are floor 4's; a client gets its socket from loop/stream_socket.py",
     ),
     Seam(
         frozenset({"signal.signal", "signal.set_wakeup_fd", "signal.sigwait"}),

@@ -67,28 +67,6 @@ def test_format_that_is_no_image_format_is_refused(
             )
 
 
-@pytest.mark.parametrize(
-    ("image", "name", "path"),
-    [
-        ("/a/b/top.qcow2", "base.qcow2", "/a/b/base.qcow2"),
-        ("/a/b/top.qcow2", "/c/base.qcow2", "/c/base.qcow2"),
-        ("/a/b/top.qcow2", "file:base", "/a/b/base"),
-        ("top.qcow2", "sub/base", "sub/base"),
-        ("top.qcow2", "./with:colon", "./with:colon"),
-    ],
-)
-def test_backing_name_is_relative_to_its_image(
-    opener: Opener, image: str, name: str, path: str
-) -> None:
-    assert opener.resolve_backing(image, name) == path
-
-
-@pytest.mark.parametrize("name", ["json:{}", "nbd://localhost/x", "ssh:host/file"])
-def test_backing_name_of_another_kind_is_refused(opener: Opener, name: str) -> None:
-    with pytest.raises(ImageError, match="not a kind known here"):
-        opener.resolve_backing("/a/top.qcow2", name)
-
-
 @pytest.mark.parametrize("direct", [False, True])
 def test_graph_moves_to_an_iothread_and_back(
     ctx: AioContext, opener: Opener, tmp_path: Path, direct: bool

@@ -150,7 +150,7 @@ REFUSALS = {
     "a": "made/a: say which backing file it is to have (-b), or use -u",
     "-u -F raw a": "made/a: a backing format without a backing file",
     "-f raw -b a -F qcow2 raw": "made/raw: format raw has no backing files",
-    "-b raw -F nope a": "there is no driver 'nope'",
+    "-b raw -F nope a": "there is no image format 'nope'",
     "-b raw -F qcow2 a": "made/raw: is the backing file of made/a: not a qcow2 image",
     "-b raw -F raw b": "names another file, 'a', and its format was only guessed",
     "-b raw -F raw nowhere": "made/nowhere: No such file",

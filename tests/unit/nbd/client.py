@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from blockemu.nbd.protocol import (
+from blockemu.drivers.nbd.protocol import (
     CLIENT_FLAGS,
     GREETING,
     IHAVEOPT,

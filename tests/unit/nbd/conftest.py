@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from blockemu.drivers.nbd.protocol import EXPORT_NAME_REPLY, Option
 from blockemu.exports import Export, ExportTable
 from blockemu.limits import Limits
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.clock import VirtualClock
 from blockemu.nbd.connection import BaseConnection
-from blockemu.nbd.protocol import EXPORT_NAME_REPLY, Option
 from blockemu.nbd.server import NbdServer, make_connection
 from blockemu.nbd.transmission import Connection
 from tests.unit.nbd.client import Client

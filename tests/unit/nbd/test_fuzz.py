@@ -15,14 +15,14 @@ import struct
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from blockemu.limits import Limits
-from blockemu.nbd.protocol import (
+from blockemu.drivers.nbd.protocol import (
     IHAVEOPT,
     NBD_REQUEST_MAGIC,
     NBD_SIMPLE_REPLY_MAGIC,
     OPTION,
     SIMPLE_REPLY,
 )
+from blockemu.limits import Limits
 from tests.unit.nbd.conftest import DISK_BYTES, Serve, StartServer
 
 KIB = 1024

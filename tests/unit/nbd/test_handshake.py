@@ -7,9 +7,7 @@ import struct
 
 import pytest
 
-from blockemu.limits import Limits
-from blockemu.loop.clock import VirtualClock
-from blockemu.nbd.protocol import (
+from blockemu.drivers.nbd.protocol import (
     EXPORT_NAME_REPLY,
     IHAVEOPT,
     INFO_BLOCK_SIZE,
@@ -21,6 +19,8 @@ from blockemu.nbd.protocol import (
     Reply,
     TransmissionFlag,
 )
+from blockemu.limits import Limits
+from blockemu.loop.clock import VirtualClock
 from tests.unit.nbd.client import Client
 from tests.unit.nbd.conftest import DISK_BYTES, StartServer
 

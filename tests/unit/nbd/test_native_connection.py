@@ -16,6 +16,7 @@ from blockemu.drivers._direct_map import lib
 from blockemu.drivers.backend import BlockBackend
 from blockemu.drivers.drain import DrainedSection
 from blockemu.drivers.native_map import NativeMap
+from blockemu.drivers.nbd.protocol import Command, CommandFlag, NbdError
 from blockemu.drivers.registry import Opener
 from blockemu.exports import Export
 from blockemu.img.create import CreateRequest, create_image
@@ -23,7 +24,6 @@ from blockemu.limits import Limits
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.host_file import PosixFiles
 from blockemu.nbd.connection import BaseConnection
-from blockemu.nbd.protocol import Command, CommandFlag, NbdError
 from blockemu.nbd.server import make_connection
 from tests.unit.nbd.client import Client, header
 

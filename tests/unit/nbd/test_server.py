@@ -9,12 +9,12 @@ import socket
 
 import pytest
 
+from blockemu.drivers.nbd.protocol import Command
 from blockemu.exports import Export
 from blockemu.limits import Limits
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.clock import VirtualClock
 from blockemu.loop.iothread import IOThread
-from blockemu.nbd.protocol import Command
 from blockemu.nbd.server import ACCEPT_RETRY_NS
 from tests.unit.nbd.client import Client
 from tests.unit.nbd.conftest import StartServer

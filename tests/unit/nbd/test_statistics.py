@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
+from blockemu.drivers.nbd.protocol import Command, CommandFlag
 from blockemu.loop.clock import VirtualClock
-from blockemu.nbd.protocol import Command, CommandFlag
 from blockemu.nbd.statistics import (
     LATENCY_BUCKETS,
     ExportStatistics,

@@ -9,8 +9,8 @@ import random
 import pytest
 
 from blockemu.drivers.driver import RequestFlags
+from blockemu.drivers.nbd.protocol import Command, CommandFlag, NbdError
 from blockemu.limits import Limits
-from blockemu.nbd.protocol import Command, CommandFlag, NbdError
 from tests.unit.nbd.client import header
 from tests.unit.nbd.conftest import DISK_BYTES, Serve, Served
 

@@ -7,10 +7,10 @@ import socket
 
 import pytest
 
+from blockemu.drivers.nbd.protocol import Command
 from blockemu.limits import Limits
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.clock import VirtualClock
-from blockemu.nbd.protocol import Command
 from tests.unit.nbd.client import header
 from tests.unit.nbd.conftest import Serve
 

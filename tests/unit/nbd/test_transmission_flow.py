@@ -8,10 +8,10 @@ import socket
 
 import pytest
 
+from blockemu.drivers.nbd.protocol import SIMPLE_REPLY, Command
 from blockemu.limits import Limits
 from blockemu.loop.aio_context import AioContext
-from blockemu.nbd.protocol import SIMPLE_REPLY, Command
-from blockemu.nbd.socket_options import tune
+from blockemu.loop.socket_options import tune
 from tests.unit.nbd.client import header
 from tests.unit.nbd.conftest import DISK_BYTES, Serve, Served
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes from a client: headers and small payloads in one buffer, big payloads where they belong.
+"""Bytes from a peer: headers and small payloads in one buffer, big payloads where they belong.
 
-`data[start:end]` is what has arrived and isn't parsed yet. A request whose payload is small is left
+`data[start:end]` is what has arrived and isn't parsed yet. A message whose payload is small is left
 here until it is whole, and is then written straight from here. A big payload gets a buffer of its
 own as soon as its header is parsed; what is missing is received right into it (`expect`), with no
 more than a header's worth of look-ahead, so that big payloads are not copied twice. A payload that
@@ -13,11 +13,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import socket
+    from blockemu.loop.stream_socket import StreamSocket
 
 CAPACITY_BYTES = 512 * 1024
 """Holds a batch of 128 writes of 4 KiB, or one of 32 with room to spare. The memory is zero pages
-until a client makes it use them."""
+until a peer makes it use them."""
 
 WAIT_BYTES_MAX = 64 * 1024
 """Payloads up to this size wait here until they are whole; they always fit after `_make_room`."""
@@ -59,6 +59,12 @@ class ReceiveBuffer:
         self.start += arrived
         self.discard_left = length - arrived
 
+    def stop_expecting(self) -> None:
+        """Nobody wants the payload any more that is on its way: drop the rest of it."""
+        if self._expected is not None:
+            self.discard_left = len(self._expected)
+            self._expected = None
+
     def forget(self) -> None:
         """Nothing more is to be parsed: no payload is expected any more."""
         self._expected = None
@@ -72,7 +78,7 @@ class ReceiveBuffer:
         self.data = bytearray()
         self.start = self.end = 0
 
-    def fill(self, sock: socket.socket) -> int:
+    def fill(self, sock: StreamSocket) -> int:
         """Receive once. The number of bytes, 0 at the end of the stream.
 
         Raises: BlockingIOError when there is nothing; OSError when the peer is gone.
@@ -89,7 +95,7 @@ class ReceiveBuffer:
             self.discard(self.discard_left)
         return received
 
-    def _fill_expected(self, sock: socket.socket, expected: memoryview) -> int:
+    def _fill_expected(self, sock: StreamSocket, expected: memoryview) -> int:
         assert self.start == self.end == 0
         received = sock.recvmsg_into([expected, self.view[:LOOK_AHEAD_BYTES]])[0]
         if received < len(expected):

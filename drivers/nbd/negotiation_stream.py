@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A client's socket as negotiation needs it: exact reads, whole writes, and a bound on both.
+"""A peer's socket as negotiation needs it: exact reads, whole writes, and a bound on both.
 
 Negotiation is rare and short, so it is written as a coroutine that waits where it must. It reads
 exactly the bytes that it was promised and never ahead: whatever follows belongs to the next phase
 (transmission, one day TLS), which reads the socket itself.
 
-A client may take its time or flood us. Both end in `NegotiationError`: by `abort`, which whoever
+A peer may take its time or flood us. Both end in `NegotiationError`: by `abort`, which whoever
 watches the clock calls, and by a bound on the bytes taken from it.
 """
 
@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING
 from blockemu.loop.coroutine import Future
 
 if TYPE_CHECKING:
-    import socket
-
     from blockemu.loop.aio_context import AioContext
+    from blockemu.loop.stream_socket import StreamSocket
 
 DISCARD_CHUNK_BYTES = 16 * 1024
 
@@ -30,9 +29,23 @@ class NegotiationError(Exception):
 class NegotiationStream:
     """Context: home thread of `ctx`. One coroutine uses it at a time."""
 
-    def __init__(self, sock: socket.socket, ctx: AioContext, *, bytes_max: int) -> None:
-        """`sock` is connected and non-blocking; it stays the caller's."""
+    def __init__(
+        self,
+        sock: StreamSocket,
+        ctx: AioContext,
+        *,
+        bytes_max: int,
+        peer: str = "client",
+        external: bool = True,
+    ) -> None:
+        """`sock` is connected and non-blocking; it stays the caller's.
+
+        `peer` is what messages call the other side. `external`: its handlers are (see
+        `AioContext.set_fd_handler`), since the peer is one that makes requests.
+        """
         self._sock = sock
+        self._peer = peer
+        self._external = external
         self._ctx = ctx
         self._bytes_left = bytes_max
         self._ready: Future[None] | None = None
@@ -48,7 +61,7 @@ class NegotiationStream:
         self._check()
         self._bytes_left -= length
         if self._bytes_left < 0:
-            raise NegotiationError("client sent too much before it chose an export")
+            raise NegotiationError(f"{self._peer} sent too much before an export was chosen")
         received = bytearray()
         while len(received) < length:
             try:
@@ -59,7 +72,7 @@ class NegotiationStream:
             except OSError as error:
                 raise NegotiationError(f"receive failed: {error.strerror}") from error
             if not data:
-                raise NegotiationError("client hung up")
+                raise NegotiationError(f"{self._peer} hung up")
             received += data
         return bytes(received)
 
@@ -85,9 +98,9 @@ class NegotiationStream:
         self._ready = Future()
         fd = self._sock.fileno()
         if write:
-            self._ctx.set_fd_handler(fd, write=self._wake, external=True)
+            self._ctx.set_fd_handler(fd, write=self._wake, external=self._external)
         else:
-            self._ctx.set_fd_handler(fd, read=self._wake, external=True)
+            self._ctx.set_fd_handler(fd, read=self._wake, external=self._external)
         try:
             await self._ready
         finally:

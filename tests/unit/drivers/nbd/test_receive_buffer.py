@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from blockemu.nbd.receive_buffer import (
+from blockemu.drivers.nbd.receive_buffer import (
     CAPACITY_BYTES,
     LOOK_AHEAD_BYTES,
     WAIT_BYTES_MAX,

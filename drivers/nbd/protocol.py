@@ -2,8 +2,7 @@
 """The NBD wire format: magic numbers, option and command types, flags, errors, and layouts.
 
 Source: doc/proto.md of the NetworkBlockDevice/nbd repository; the names are that document's, so
-that one can be searched for in the other. All integers are big-endian. Only what a server needs is
-here.
+that one can be searched for in the other. All integers are big-endian.
 
 Layout: handshake ("Newstyle negotiation", "Fixed newstyle negotiation")
 
@@ -18,6 +17,16 @@ Layout: transmission ("Request message", "Simple reply message")
              then `length` bytes of data if it is a WRITE
     reply    u32 NBD_SIMPLE_REPLY_MAGIC, u32 error, 8 bytes cookie,
              then the data if it answers a READ and the error is 0
+
+Layout: "Structured reply chunk message", where structured replies were agreed on
+
+    chunk    u32 NBD_STRUCTURED_REPLY_MAGIC, u16 flags, u16 type, 8 bytes cookie, u32 length,
+             then `length` bytes, by type:
+             OFFSET_DATA   u64 offset, the data
+             OFFSET_HOLE   u64 offset, u32 length of the hole
+             BLOCK_STATUS  u32 context, then for each extent u32 length, u32 state
+             ERROR         u32 error, u16 length of the message, the message
+             ERROR_OFFSET  as ERROR, then u64 offset
 """
 
 from __future__ import annotations
@@ -31,6 +40,7 @@ IHAVEOPT = 0x49484156454F5054
 NBD_REP_MAGIC = 0x3E889045565A9
 NBD_REQUEST_MAGIC = 0x25609513
 NBD_SIMPLE_REPLY_MAGIC = 0x67446698
+NBD_STRUCTURED_REPLY_MAGIC = 0x668E33EF
 
 
 class HandshakeFlag(enum.IntFlag):
@@ -59,6 +69,7 @@ class TransmissionFlag(enum.IntFlag):
     NBD_FLAG_SEND_WRITE_ZEROES = 1 << 6
     NBD_FLAG_SEND_DF = 1 << 7
     NBD_FLAG_CAN_MULTI_CONN = 1 << 8
+    NBD_FLAG_SEND_FAST_ZERO = 1 << 11
 
 
 class Option(enum.IntEnum):
@@ -84,11 +95,14 @@ class Reply(enum.IntEnum):
     NBD_REP_ACK = 1
     NBD_REP_SERVER = 2
     NBD_REP_INFO = 3
+    NBD_REP_META_CONTEXT = 4
     NBD_REP_ERR_UNSUP = _REP_ERROR + 1
     NBD_REP_ERR_POLICY = _REP_ERROR + 2
     NBD_REP_ERR_INVALID = _REP_ERROR + 3
+    NBD_REP_ERR_TLS_REQD = _REP_ERROR + 5
     NBD_REP_ERR_UNKNOWN = _REP_ERROR + 6
     NBD_REP_ERR_SHUTDOWN = _REP_ERROR + 7
+    NBD_REP_ERR_BLOCK_SIZE_REQD = _REP_ERROR + 8
     NBD_REP_ERR_TOO_BIG = _REP_ERROR + 9
 
 
@@ -124,6 +138,28 @@ class CommandFlag(enum.IntFlag):
     NBD_CMD_FLAG_FAST_ZERO = 1 << 4
 
 
+class ChunkType(enum.IntEnum):
+    """What a chunk of a structured reply holds ("Structured reply types"); errors have bit 15."""
+
+    NBD_REPLY_TYPE_NONE = 0
+    NBD_REPLY_TYPE_OFFSET_DATA = 1
+    NBD_REPLY_TYPE_OFFSET_HOLE = 2
+    NBD_REPLY_TYPE_BLOCK_STATUS = 5
+    NBD_REPLY_TYPE_ERROR = 1 << 15 | 1
+    NBD_REPLY_TYPE_ERROR_OFFSET = 1 << 15 | 2
+
+
+NBD_REPLY_FLAG_DONE = 1 << 0
+"""The last chunk of a reply ("Structured reply flags")."""
+
+
+class AllocationState(enum.IntFlag):
+    """What base:allocation says of an extent ("The base: meta context namespace")."""
+
+    NBD_STATE_HOLE = 1 << 0
+    NBD_STATE_ZERO = 1 << 1
+
+
 class NbdError(enum.IntEnum):
     """The error values that may travel ("Error values"); they are not the host's errno."""
 
@@ -157,6 +193,22 @@ _ERROR_OF_ERRNO = {
 def error_of_errno(code: int | None) -> NbdError:
     """The error value for the host's errno `code`; what has no counterpart is an I/O error."""
     return _ERROR_OF_ERRNO.get(code or errno.EIO, NbdError.NBD_EIO)
+
+
+_ERRNO_OF_ERROR = {
+    NbdError.NBD_EPERM: errno.EPERM,
+    NbdError.NBD_EIO: errno.EIO,
+    NbdError.NBD_ENOMEM: errno.ENOMEM,
+    NbdError.NBD_ENOSPC: errno.ENOSPC,
+    NbdError.NBD_EOVERFLOW: errno.EOVERFLOW,
+    NbdError.NBD_ENOTSUP: errno.ENOTSUP,
+    NbdError.NBD_ESHUTDOWN: errno.ESHUTDOWN,
+}
+
+
+def errno_of_error(value: int) -> int:
+    """The host's errno for an error value of the wire; one that isn't known is EINVAL."""
+    return next((code for error, code in _ERRNO_OF_ERROR.items() if error == value), errno.EINVAL)
 
 
 STRING_LENGTH_MAX = 4096
@@ -196,6 +248,10 @@ SIMPLE_REPLY = struct.Struct(">II8s")
 
 SIMPLE_REPLY_OK = struct.pack(">II", NBD_SIMPLE_REPLY_MAGIC, 0)
 """The head of a success; the cookie's eight bytes complete it."""
+
+
+STRUCTURED_REPLY = struct.Struct(">IHHQI")
+"""NBD_STRUCTURED_REPLY_MAGIC, flags, type, cookie, length of what follows."""
 
 
 def request_word(command: int, flags: int = 0) -> int:

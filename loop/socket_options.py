@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a client's socket is told before it is used, and asked before it is closed."""
+"""What a connected socket is told before it is used, and asked before it is closed."""
 
 from __future__ import annotations
 

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where an NBD export is: from the driver's options or a URI, and back into a name to show.
+
+URIs are those of the NBD URI specification (doc/uri.md beside the protocol document), as QEMU takes
+them: `nbd://host[:port][/export]`, `nbd+tcp://...`, `nbd+unix:///[export]?socket=PATH`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+from blockemu.drivers.errors import ImageError
+from blockemu.drivers.nbd.protocol import STRING_LENGTH_MAX
+from blockemu.drivers.options import refuse_unknown, take_dict, take_str
+from blockemu.loop.stream_socket import UNIX_PATH_BYTES_MAX
+
+DEFAULT_PORT = 10809
+"""Assigned to NBD by IANA."""
+
+_NBD_URI = re.compile(r"(nbds?)(\+[a-z]+)?://", re.IGNORECASE)
+_SHORTHANDS = ("host", "port", "path")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NbdAddress:
+    """`path` of a unix socket, or `host` and `port`; and the export's name there."""
+
+    path: str | None = None
+    host: str = ""
+    port: int = DEFAULT_PORT
+    export: str = ""
+
+    @property
+    def server(self) -> str:
+        """The server alone, for messages about reaching it."""
+        if self.path is not None:
+            return self.path
+        return f"{_bracketed(self.host)}:{self.port}"
+
+    @property
+    def uri(self) -> str:
+        """The name that QEMU shows for it; it can be opened again."""
+        export = quote(self.export.encode(errors="surrogateescape"), safe="/:@!$&'()*+,;=")
+        if self.path is not None:
+            path = quote(self.path.encode(errors="surrogateescape"), safe="/:@!$'()*+,;=")
+            return f"nbd+unix://{'/' if export else ''}{export}?socket={path}"
+        return f"nbd://{self.server}{'/' if export else ''}{export}"
+
+
+def is_nbd_uri(name: str) -> bool:
+    """Whether a file name is an NBD URI, a good one or not."""
+    return _NBD_URI.match(name) is not None
+
+
+def parse_uri(uri: str) -> dict[str, Any]:
+    """The options of the driver that mean the same as `uri`. Raises: ImageError."""
+    found = _NBD_URI.match(uri)
+    if found is None:
+        raise ImageError(uri, "is no NBD URI")
+    secure, transport = found[1].lower() == "nbds", (found[2] or "").lower()
+    if secure:
+        raise ImageError(uri, "TLS isn't supported yet (nbds://)")
+    if transport not in ("", "+tcp", "+unix"):
+        raise ImageError(uri, f"there is no NBD over '{transport[1:]}': it is tcp or unix")
+    try:
+        parts = urlsplit(uri)
+        port = parts.port
+        host = unquote(parts.hostname or "")
+        query = [item.partition("=") for item in parts.query.split("&") if item]
+    except ValueError as error:
+        raise ImageError(uri, f"is no URI: {error}") from None
+    export = unquote(parts.path, errors="surrogateescape").lstrip("/")
+    options: dict[str, Any] = {"driver": "nbd"}
+    if transport == "+unix":
+        if parts.netloc or len(query) != 1 or query[0][0] != "socket" or not query[0][2]:
+            reason = "is no URI of a unix socket: that is nbd+unix:///EXPORT?socket=PATH"
+            raise ImageError(uri, reason)
+        path = unquote(query[0][2], errors="surrogateescape")
+        options["server"] = {"type": "unix", "path": path}
+    else:
+        if query:
+            raise ImageError(uri, f"'?{parts.query}' means nothing in a URI of NBD over TCP")
+        if not host:
+            raise ImageError(uri, "names no host")
+        options["server"] = {
+            "type": "inet",
+            "host": host,
+            "port": str(DEFAULT_PORT if port is None else port),
+        }
+    if export:
+        options["export"] = export
+    return options
+
+
+def take_address(name: str, options: dict[str, Any]) -> NbdAddress:
+    """Pop `server` and `export` (or the old `host`, `port`, `path`) off the driver's options.
+
+    Raises: ImageError.
+    """
+    server = take_dict(name, options, "server")
+    old = {key: options.pop(key) for key in _SHORTHANDS if key in options}
+    if server and old:
+        raise ImageError(name, f"option '{next(iter(old))}' says again what 'server' says")
+    if old:
+        server = {**old, "type": "unix" if "path" in old else "inet"}
+    if not server:
+        raise ImageError(name, "option 'server' is missing")
+    export = take_str(name, options, "export", "")
+    _check_bytes(name, "export", export, STRING_LENGTH_MAX)
+    kind = take_str(name, server, "type")
+    if kind == "unix":
+        path = take_str(name, server, "path")
+        _check_bytes(name, "server.path", path, UNIX_PATH_BYTES_MAX)
+        address = NbdAddress(path=path, export=export)
+    elif kind == "inet":
+        host = take_str(name, server, "host")
+        port = _take_port(name, server)
+        if not host:
+            raise ImageError(name, "option 'server.host' is empty")
+        address = NbdAddress(host=host, port=port, export=export)
+    else:
+        raise ImageError(name, f"option 'server.type' is inet or unix, not '{kind}'")
+    refuse_unknown(name, {f"server.{key}": value for key, value in server.items()}, "nbd")
+    return address
+
+
+def _take_port(name: str, server: dict[str, Any]) -> int:
+    port = server.pop("port", DEFAULT_PORT)
+    if isinstance(port, str) and port.isascii() and port.isdigit():
+        port = int(port)
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 < port <= 65535:
+        raise ImageError(name, f"option 'server.port' is a number from 1 to 65535, not {port!r}")
+    return port
+
+
+def _check_bytes(name: str, key: str, value: str, bytes_max: int) -> None:
+    length = len(value.encode(errors="surrogateescape"))
+    if length > bytes_max:
+        raise ImageError(name, f"option '{key}' has {length} bytes, and at most {bytes_max}")
+    if "\0" in value:
+        raise ImageError(name, f"option '{key}' has a NUL in it")
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
