@@ -102,9 +102,9 @@ Examples:
 @click.option(
     "--overlap-check",
     type=click.Choice(["none", "constant", "cached", "all"]),
-    default="cached",
-    show_default=True,
-    help="Which metadata of a qcow2 image is looked out for before something is written.",
+    default=None,
+    help="Which metadata of a qcow2 image is looked out for before something is written.  "
+    "[default: cached]",
 )
 @click.option(
     "--iothread",
@@ -169,7 +169,7 @@ def serve(
     aio: str,
     discard: str,
     detect_zeroes: str,
-    overlap_check: str,
+    overlap_check: str | None,
     iothreads: tuple[str, ...],
     poll_max_ns: int | None,
     poll_grow: int,
