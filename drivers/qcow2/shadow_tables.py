@@ -70,10 +70,7 @@ class ShadowTables:
         taken = await image.refcounts.allocate(1)
         host = taken.first << image.layout.cluster_bits
         for start in range(0, image.layout.cluster_size, image.l2.slice_bytes):
-            words = (await image.l2.load(table + start)).words[:]
-            made = await image.l2.insert_zeroed(host + start)
-            made.words[:] = words
-            image.l2.mark_dirty(made, 0, len(words))
+            await image.l2.insert_copy(table + start, host + start)
         return host
 
     def forget(self, reference: Reference) -> None:
