@@ -66,7 +66,7 @@ stress: bootstrap
 		$(VENV)/python -m pytest -q tests/e2e/test_graph_stress.py \
 		tests/e2e/test_hostile_clients.py $(ARGS)
 
-# A round is 1300 simulated power cuts, 150 runs of requests that share clusters, 17 times kill -9,
+# A round is 1200 simulated power cuts, 150 runs of requests that share clusters, 17 times kill -9,
 # and 2 runs of clients that share clusters: about 20 seconds.
 crash: ROUNDS = 100
 crash: bootstrap

@@ -57,6 +57,8 @@ class ImageConfig:
     aio: str = "native"
     discard: str = "unmap"
     detect_zeroes: str = "off"
+    overlap_check: str | None = None
+    """Of qcow2 images; None: the driver's default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +87,7 @@ def serve_config(
     aio: str = "native",
     discard: str = "unmap",
     detect_zeroes: str = "off",
+    overlap_check: str | None = None,
     address: TcpAddress | UnixAddress | None = None,
     control_path: str | None = None,
     poll_params: PollParams | None = None,
@@ -113,6 +116,7 @@ def serve_config(
             aio=aio,
             discard=discard,
             detect_zeroes=detect_zeroes,
+            overlap_check=overlap_check,
         )
         for path, name, thread in zip(paths, export_names, threads, strict=True)
     )

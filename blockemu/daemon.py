@@ -172,6 +172,7 @@ class Daemon:
             aio=image.aio,
             discard=image.discard,
             detect_zeroes=image.detect_zeroes,
+            overlap_check=image.overlap_check,
         )
         try:
             backend = BlockBackend(image.export_name, node, writable=not image.read_only)

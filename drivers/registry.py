@@ -292,42 +292,57 @@ class Opener:
         fmt: str | None,
         options: dict[str, Any],
         file_options: dict[str, Any],
+        qcow2_options: dict[str, Any] | None = None,
         alone: bool = False,
     ) -> BlockDriverState:
         """Open the image that a user calls `name`.
 
-        `options` are those of the image's node, `file_options` those of a host file below it. `fmt`
-        None: found out, unless the name says it; an image that names other files is then refused.
+        `options` are those of the image's node, `qcow2_options` more of them if it turns out to be
+        a qcow2 image, `file_options` those of a host file below it. `fmt` None: found out, unless
+        the name says it; an image that names other files is then refused.
         `alone`: without the files that it names, and not refused.
         Suspends: while images are read. Raises: ImageError.
         """
         tree = self.image_options(name, fmt, file_options=file_options)
         try:
-            return await self._open_tree(name, tree, options, alone=alone)
+            return await self._open_tree(name, tree, options, qcow2_options or {}, alone=alone)
         except ImageError as error:
             raise _about(name, error) from error
 
     async def _open_tree(
-        self, name: str, tree: dict[str, Any], options: dict[str, Any], *, alone: bool
+        self,
+        name: str,
+        tree: dict[str, Any],
+        options: dict[str, Any],
+        qcow2_options: dict[str, Any],
+        *,
+        alone: bool,
     ) -> BlockDriverState:
         if "driver" in tree:
-            return await self.open(self._with(tree, options, alone=alone))
+            return await self.open(self._with(tree, options, qcow2_options, alone=alone))
         shared = {key: value for key, value in options.items() if key in _OF_ALL_BELOW}
         file = await self._open_file(name, tree.pop("file", None), shared)
         try:
             tree["driver"] = await self.guess_format(name, file, trusted=alone)
             tree["file"] = file.node_name
-            return await self.open(self._with(tree, options, alone=alone))
+            return await self.open(self._with(tree, options, qcow2_options, alone=alone))
         except BaseException:
             if file.node_name in self.nodes:
                 await file.close()
             raise
 
     def _with(
-        self, tree: dict[str, Any], options: dict[str, Any], *, alone: bool
+        self,
+        tree: dict[str, Any],
+        options: dict[str, Any],
+        qcow2_options: dict[str, Any],
+        *,
+        alone: bool,
     ) -> dict[str, Any]:
         driver = self.drivers.find(tree["driver"]) if isinstance(tree["driver"], str) else None
         tree |= options
+        if tree["driver"] == "qcow2":
+            tree |= qcow2_options
         if alone and driver is not None:
             tree |= driver.options_alone(read_only=bool(options.get("read-only")))
         return tree
@@ -359,11 +374,13 @@ class Opener:
         force_share: bool = False,
         discard: str = "unmap",
         detect_zeroes: str = "off",
+        overlap_check: str | None = None,
         snapshot: str | None = None,
     ) -> BlockDriverState:
         """Open the image at `path` the way the command line does.
 
-        `fmt` None means: probe, and refuse an image that names other files.
+        `fmt` None means: probe, and refuse an image that names other files. `overlap_check` is for
+        a qcow2 image.
         Raises: ImageError.
         """
         options: dict[str, Any] = {
@@ -377,7 +394,13 @@ class Opener:
         if snapshot is not None:
             options["snapshot"] = snapshot
         file_options = {"aio": aio, "cache": {"direct": direct}}
-        return await self.open_named(path, fmt=fmt, options=options, file_options=file_options)
+        return await self.open_named(
+            path,
+            fmt=fmt,
+            options=options,
+            file_options=file_options,
+            qcow2_options={} if overlap_check is None else {"overlap-check": overlap_check},
+        )
 
     async def probe(self, name: str) -> str:
         """The format of the image `name`: what the name says, or else by its first bytes.

@@ -98,6 +98,13 @@ Examples:
     "unmap gives their space back as well.",
 )
 @click.option(
+    "--overlap-check",
+    type=click.Choice(["none", "constant", "cached", "all"]),
+    default="cached",
+    show_default=True,
+    help="Which metadata of a qcow2 image is looked out for before something is written.",
+)
+@click.option(
     "--iothread",
     "iothreads",
     multiple=True,
@@ -158,6 +165,7 @@ def serve(
     aio: str,
     discard: str,
     detect_zeroes: str,
+    overlap_check: str,
     iothreads: tuple[str, ...],
     poll_max_ns: int | None,
     poll_grow: int,
@@ -197,6 +205,7 @@ def serve(
         aio=aio,
         discard=discard,
         detect_zeroes=detect_zeroes,
+        overlap_check=overlap_check,
         address=address,
         control_path=control_path,
         poll_params=PollParams(

@@ -70,7 +70,7 @@ class ShadowTables:
         taken = await image.refcounts.allocate(1)
         host = taken.first << image.layout.cluster_bits
         for start in range(0, image.layout.cluster_size, image.l2.slice_bytes):
-            await image.l2.insert_copy(table + start, host + start)
+            await image.l2.insert_copy(host + start, source=table + start)
         return host
 
     def forget(self, reference: Reference) -> None:

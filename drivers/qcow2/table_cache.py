@@ -175,29 +175,27 @@ class TableCache:
 
         Suspends: when something must be written back to make room.
         """
-        return await self._insert(offset, bytes(self.slice_bytes))
-
-    async def insert_copy(self, source: int, offset: int) -> Slice:
-        """The slice at `offset` of a new table, all of it dirty, with the entries of another.
-
-        Suspends: to read that one, and to make room. Raises: OSError.
-        """
-        found = await self.load(source)
-        made = await self._insert(offset, self._bytes_of(found, 0, len(found.words)))
-        self.mark_dirty(made, 0, len(made.words))
-        return made
-
-    async def _insert(self, offset: int, data: bytes) -> Slice:
         assert offset not in self.slices
         assert offset not in self._loading
         done = self._loading[offset] = Future()
         try:
             await self._make_room()
-            found = self.slices[offset] = self._slice_from(offset, data)
+            found = self.slices[offset] = self._slice_from(offset, bytes(self.slice_bytes))
             return found
         finally:
             del self._loading[offset]
             done.set_result(None)
+
+    async def insert_copy(self, offset: int, *, source: int) -> None:
+        """As `insert_zeroed`, with what the slice at `source` holds; all of it is dirty.
+
+        Suspends: as `load`. Raises: OSError.
+        """
+        entries = self.slice_bytes // self._item_bytes
+        data = self._bytes_of(await self.load(source), 0, entries)
+        await self.insert_zeroed(offset)
+        made = self.slices[offset] = self._slice_from(offset, data)
+        self.mark_dirty(made, 0, entries)
 
     def mark_dirty(self, found: Slice, first: int, count: int = 1) -> None:
         """Entries `first` to `first + count` of a slice were changed."""

@@ -49,3 +49,16 @@ def test_clients_of_an_image_that_turns_out_damaged_read_on_and_write_no_more(
     QemuIo(image, fmt="qcow2").run("read -P 8 0 4k", "read -P 7 4k 60k", "write -P 9 1M 64k")
     verdict = QemuImg.check(image)
     assert (verdict.corruptions, verdict.leaks, verdict.errors) == (0, 0, 0), verdict.text
+
+
+@pytest.mark.parametrize(("template", "goes_through"), [("none", True), ("constant", False)])
+def test_overlap_check_is_the_users_to_choose(
+    tmp_path: Path, socket_path: Path, template: str, goes_through: bool
+) -> None:
+    image = with_the_l1_table_counted_as_free(tmp_path / "disk.qcow2")
+    daemon = BlockemuDaemon(
+        image, fmt="qcow2", socket_path=socket_path, extra=["--overlap-check", template]
+    )
+    with daemon:
+        said = QemuIo(daemon.uri).run("write -P 9 1M 64k", check=False)
+    assert ("Input/output error" not in said) is goes_through

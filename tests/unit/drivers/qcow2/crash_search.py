@@ -24,6 +24,7 @@ KINDS = (
     "write", "write", "write", "write", "zero", "unmap", "unmap", "discard", "discard", "discard",
     "compress", "flush",
 )  # fmt: skip
+WITH_SNAPSHOTS = (*KINDS, "snapshot")
 ROUNDS = 8
 TASKS = 6
 ZEROES = bytes(SECTOR)
@@ -50,9 +51,10 @@ class Found(NamedTuple):
 class Search:
     """One workload. Everything is the seed's doing."""
 
-    def __init__(self, images: Images, seed: str) -> None:
+    def __init__(self, images: Images, seed: str, *, kinds: tuple[str, ...] = KINDS) -> None:
         self.rng = rng = random.Random(seed)
         self.images = images
+        self.kinds = kinds
         self.options = rng.choice(FORMATS)
         self.sectors = rng.choice((24, 64, 128)) * max(self.options["cluster_size"] // 4096, 1)
         images.create("image", self.sectors * SECTOR, **self.options)
@@ -61,6 +63,7 @@ class Search:
         self.disk: Disk = images.open("image", discard="unmap", **caches)
         self.disk.driver.image.compressor.offload = in_place
         self._serial = 0
+        self._is_at_snapshots = False
 
     def run(self) -> None:
         """The workload, to its end."""
@@ -70,11 +73,14 @@ class Search:
 
     async def _request(self) -> None:
         rng, node = self.rng, self.disk.node
-        kind = rng.choice(KINDS)
+        kind = rng.choice(self.kinds)
         if kind == "flush":
             number = self.recorder.note("flush-start")
             await node.flush()
             self.recorder.note("flush-end", number)
+            return
+        if kind == "snapshot":
+            await self._snapshot()
             return
         first = rng.randrange(self.sectors)
         count = min(rng.choice((1, 2, 8, 8, 20, 64)), self.sectors - first)
@@ -99,6 +105,18 @@ class Search:
             flags = RequestFlags.MAY_UNMAP if kind == "unmap" else RequestFlags.NONE
             await node.pwrite_zeroes(offset, length, flags)
         self.recorder.note("end", number)
+
+    async def _snapshot(self) -> None:
+        """One is made, or the oldest goes: nothing that the guest sees."""
+        driver = self.disk.driver
+        if self.options.get("refcount_bits") == 1 or self._is_at_snapshots:
+            return
+        self._is_at_snapshots = True
+        if len(driver.snapshots) > 1:
+            await driver.snapshot_delete(driver.snapshots[0].id)
+        else:
+            await driver.snapshot_create("now")
+        self._is_at_snapshots = False
 
     def judge(self, *, cuts_max: int | None = None, ask_qemu: Path | None = None) -> Found:
         """Cut after each of the host's operations, or after some of them; then look."""

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from blockemu.drivers.qcow2.metadata_writer import MetadataWriter, Reference
-from tests.unit.drivers.qcow2.crash_search import Search
+from tests.unit.drivers.qcow2.crash_search import KINDS, WITH_SNAPSHOTS, Search
 from tests.unit.drivers.qcow2.support import Images
 
 ROUNDS = int(os.environ.get("BLOCKEMU_ROUNDS", "1"))
-SEARCHES = 20
-"""Workloads in a round, some 70 cuts each."""
+SEARCHES = 15
+"""Workloads in a round, some 70 cuts each, and some 400 with snapshots."""
 
 
 @pytest.mark.parametrize("turn", range(ROUNDS))
@@ -30,7 +30,8 @@ def test_power_cut_anywhere_shows_no_block_anothers_data(
     cuts = 0
     for number in range(SEARCHES):
         print(f"search {turn}-{number}")
-        search = Search(images, f"{seed}-{turn}-{number}")
+        kinds = KINDS if number % 3 else WITH_SNAPSHOTS
+        search = Search(images, f"{seed}-{turn}-{number}", kinds=kinds)
         search.run()
         cuts += search.judge(ask_qemu=tmp_path / "cut.qcow2").cuts
     print(f"{cuts} cuts")
