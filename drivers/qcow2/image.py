@@ -59,6 +59,10 @@ if TYPE_CHECKING:
     from blockemu.loop.buffers import BufferPool
 
 
+L2_AHEAD_BYTES = 64 * 1024
+"""Of an L2 table, read at once while the cache has room: costs little more than a slice of it."""
+
+
 @dataclass(slots=True)
 class Image:
     """The parts. Context: home thread of the node's AioContext."""
@@ -199,6 +203,7 @@ def _assemble(
     l2 = kinds.l2_cache(
         file, typecode="Q", slice_bytes=options.slice_bytes,
         bytes_max=options.l2_cache_bytes, write_back=writer.write_back,
+        ahead_bytes=min(layout.cluster_size, L2_AHEAD_BYTES),
     )  # fmt: skip
     writer.attach(blocks=blocks, reftable=reftable, l2=l2, l1=l1)
     places = MetadataPlaces(
