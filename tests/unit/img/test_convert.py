@@ -65,7 +65,7 @@ COMPRESSED = ["cluster_size=512", "compression_type=zstd", "cluster_size=2M", "c
 
 
 @pytest.mark.parametrize("options", COMPRESSED)
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "qcow2-2M"])  # by far longest
 def test_compressed_copy_is_identical_and_no_larger_than_a_plain_one(
     zoo: dict[str, Animal], tmp_path: Path, name: str, options: str
 ) -> None:
