@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from blockemu.drivers.qcow2.guest_data import GuestData
     from blockemu.drivers.qcow2.guest_read import GuestReader
-    from blockemu.drivers.qcow2.refcount import Refcounts
+    from blockemu.drivers.qcow2.refcount import Allocation, Refcounts
     from blockemu.drivers.qcow2.table_cache import Slice
     from blockemu.loop.buffers import BufferPool
 
@@ -162,8 +162,7 @@ class GuestWriter:
         taken = self._refcounts.allocate_at_once(run) if not reused else None
         if taken is None:
             return None
-        first, clusters, reads_zero, _ = taken
-        return Target(first, clusters, reads_zero, taken=True, replaces_data=replaces_data)
+        return self._target(taken, replaces_data=replaces_data)
 
     async def _take(self, cluster: int, count: int) -> Target:
         """Host clusters for up to `count` guest clusters from `cluster` on."""
@@ -174,12 +173,12 @@ class GuestWriter:
             await self._data.cover((reused + run) << self._bits)
             return Target(reused, run, reads_zero=False, taken=False, replaces_data=False)
         taken = await self._refcounts.allocate(run)
+        return self._target(taken, replaces_data=replaces_data)
+
+    def _target(self, taken: Allocation, *, replaces_data: bool) -> Target:
+        reads_zero = taken.reads_zero and self._data.keeps_zeroes
         return Target(
-            taken.first,
-            taken.clusters,
-            taken.reads_zero and self._data.keeps_zeroes,
-            taken=True,
-            replaces_data=replaces_data,
+            taken.first, taken.clusters, reads_zero, taken=True, replaces_data=replaces_data
         )
 
     def _run(self, found: Slice, cluster: int, count: int) -> tuple[int, int, bool]:
