@@ -5,7 +5,8 @@ A request that reads or writes a cluster where it lies holds the cluster *shared
 of the mapping to the end of the host I/O. A request that allocates, zeroes or discards holds its
 clusters *exclusive*. So a host cluster can't be freed, let alone handed out again, under a request
 that still uses it, and of two allocating writes to one guest cluster the second finds the first
-one's result.
+one's result. A request that finds only then that it must allocate, and that nobody else is at its
+clusters, makes its shared hold exclusive (`try_upgrade`); else it lets go and gets in line.
 
 A request locks its whole range of clusters at once and waits only for requests that came before
 it: there is no cycle to wait in, and nobody starves. Locks are few (one a request in flight), so
@@ -67,6 +68,19 @@ class ClusterLocks:
         self._exclusive += 1
         await self._enter(held)
         return held
+
+    def try_upgrade(self, held: ClusterRange) -> bool:
+        """Make a shared hold exclusive, if nobody else holds or waits for any of its clusters.
+
+        Suspends: never.
+        """
+        first, last = held.first, held.last
+        for other in self._ranges:
+            if other.first <= last and first <= other.last and other is not held:
+                return False
+        held.exclusive = True
+        self._exclusive += 1
+        return True
 
     def release(self, held: ClusterRange) -> None:
         """Let go; whoever waited for this range looks again."""

@@ -15,6 +15,7 @@ in cluster_lock.py. `make_writable`: under the metadata mutex.
 from __future__ import annotations
 
 import enum
+from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
 from blockemu.drivers.qcow2.layout import (
@@ -141,6 +142,10 @@ class ClusterMap:
         """The slice with the entry of a guest cluster whose L2 table exists."""
         return await self._l2.load(self._slice_offset(cluster))
 
+    def cached(self, cluster: int) -> Slice | None:
+        """As `load` where that needs no I/O, else None. Suspends: never."""
+        return self._l2.cached(self._slice_offset(cluster))
+
     def has_table(self, cluster: int) -> bool:
         return bool(self.l1.words[cluster >> self._l2_bits])
 
@@ -224,6 +229,17 @@ class ClusterMap:
 
     # --- changing ---
 
+    def writable_slice(self, cluster: int) -> Slice | None:
+        """What `make_writable` and `load` lead to, if the L2 table is our own and the slice in
+        memory already; else None. Suspends: never. Raises: OSError (EIO for a damaged entry)."""
+        entry = self.l1.words[cluster >> self._l2_bits]
+        if not entry & COPIED or self._writer.is_stopped:
+            return None
+        table = (entry & OFFSET_MASK) >> self._bits
+        if not self._overlaps.places.is_only(Structure.ACTIVE_L2, table):
+            return None
+        return self.cached(cluster)
+
     async def make_writable(self, cluster: int) -> None:
         """Have an L2 table of our own for this guest cluster.
 
@@ -276,6 +292,16 @@ class ClusterMap:
             reference = self.reference(old)
             if reference is not None:
                 self._writer.let_go(reference._replace(discard=discard))
+
+    def set_entries(self, found: Slice, index: int, entries: Sequence[int]) -> None:
+        """`set_entry` for a run of entries, from `index` on. Suspends: never."""
+        end = index + len(entries)
+        if any(found.words[index:end]):
+            for step, entry in enumerate(entries):
+                self.set_entry(found, index + step, entry)
+        else:  # nothing to let go of
+            found.words[index:end] = array("Q", entries)
+            self._l2.mark_dirty(found, index, len(entries))
 
     def reference(self, word: int) -> Reference | None:
         """The host clusters that an L2 entry counts as one reference each."""

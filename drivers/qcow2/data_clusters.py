@@ -81,6 +81,9 @@ class DataFileMap(ClusterMap):
 class DataFileWriter(GuestWriter):
     """Writes; what isn't mapped yet is written whole, and then mapped."""
 
+    def _take_at_once(self, cluster: int, count: int) -> Target | None:
+        return None  # the file may have to grow
+
     async def _take(self, cluster: int, count: int) -> Target:
         await self._clusters.make_writable(cluster)
         found = await self._clusters.load(cluster)

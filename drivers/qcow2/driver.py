@@ -161,6 +161,9 @@ class Qcow2Driver(BlockDriver):
         try:
             if await image.guest_writer.write_in_place(offset, view):
                 return
+            if image.locks.try_upgrade(held):
+                await image.guest_writer.write(offset, view)
+                return
         finally:
             image.locks.release(held)
         held = await image.locks.exclusive(first, last)

@@ -180,10 +180,8 @@ class GuestCompressor:
         """Enter the compressed clusters in the L2 table, all of them without suspending."""
         found = await self._clusters.load(cluster)
         self._reader.forget_unpacked()
-        index = cluster % self._clusters.slice_entries
-        for step, (place, length) in enumerate(zip(places, lengths, strict=True)):
-            word = self._layout.compressed_descriptor(place, length)
-            self._clusters.set_entry(found, index + step, word)
+        descriptors = map(self._layout.compressed_descriptor, places, lengths)
+        self._clusters.set_entries(found, cluster % self._clusters.slice_entries, [*descriptors])
 
 
 def pack(compress: Compressor, cluster: memoryview, size: int, *, find_zeroes: bool) -> Stored:

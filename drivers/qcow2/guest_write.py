@@ -22,11 +22,12 @@ from blockemu.drivers.qcow2.metadata_writer import MetadataWriter, Reference
 from blockemu.loop.sync import Mutex, gather
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
+    from typing import Any
 
     from blockemu.drivers.qcow2.guest_data import GuestData
     from blockemu.drivers.qcow2.guest_read import GuestReader
-    from blockemu.drivers.qcow2.refcount import Refcounts
+    from blockemu.drivers.qcow2.refcount import Allocation, Refcounts
     from blockemu.drivers.qcow2.table_cache import Slice
     from blockemu.loop.buffers import BufferPool
 
@@ -120,7 +121,9 @@ class GuestWriter:
 
     async def _step(self, offset: int, view: memoryview) -> int:
         """Write the first run of clusters that can be treated alike. Returns its bytes."""
-        extent = await self._clusters.resolve(offset, len(view))
+        extent = self._clusters.peek(offset, len(view))
+        if extent is None:
+            extent = await self._clusters.resolve(offset, len(view))
         if extent.kind is Kind.DATA and extent.writable:
             await self._write_extent(extent, offset, view[: extent.length])
             return extent.length
@@ -128,8 +131,10 @@ class GuestWriter:
             await self._writer.flush()
         cluster = offset >> self._bits
         end = (offset + len(view) + self._size - 1) >> self._bits
-        async with self._mutex:
-            target = await self._take(cluster, end - cluster)
+        target = self._take_at_once(cluster, end - cluster)
+        if target is None:
+            async with self._mutex:
+                target = await self._take(cluster, end - cluster)
         view = view[: ((cluster + target.clusters) << self._bits) - offset]
         try:
             await self._fill(target, offset, view)
@@ -143,6 +148,22 @@ class GuestWriter:
             raise
         return len(view)
 
+    def _take_at_once(self, cluster: int, count: int) -> Target | None:
+        """As `_take`, if it needn't wait for anything; else None, and nothing is taken.
+
+        Suspends: never, so it needs the mutex to be free, and not to be held.
+        """
+        if self._mutex.locked():
+            return None
+        found = self._clusters.writable_slice(cluster)
+        if found is None:
+            return None
+        run, reused, replaces_data = self._run(found, cluster, count)
+        taken = self._refcounts.allocate_at_once(run) if not reused else None
+        if taken is None:
+            return None
+        return self._target(taken, replaces_data=replaces_data)
+
     async def _take(self, cluster: int, count: int) -> Target:
         """Host clusters for up to `count` guest clusters from `cluster` on."""
         await self._clusters.make_writable(cluster)
@@ -152,12 +173,12 @@ class GuestWriter:
             await self._data.cover((reused + run) << self._bits)
             return Target(reused, run, reads_zero=False, taken=False, replaces_data=False)
         taken = await self._refcounts.allocate(run)
+        return self._target(taken, replaces_data=replaces_data)
+
+    def _target(self, taken: Allocation, *, replaces_data: bool) -> Target:
+        reads_zero = taken.reads_zero and self._data.keeps_zeroes
         return Target(
-            taken.first,
-            taken.clusters,
-            taken.reads_zero and self._data.keeps_zeroes,
-            taken=True,
-            replaces_data=replaces_data,
+            taken.first, taken.clusters, reads_zero, taken=True, replaces_data=replaces_data
         )
 
     def _run(self, found: Slice, cluster: int, count: int) -> tuple[int, int, bool]:
@@ -165,6 +186,8 @@ class GuestWriter:
         whether one of them has data. Stays in the slice. Suspends: never."""
         index = cluster % self._clusters.slice_entries
         stop = min(index + count, self._clusters.slice_entries)
+        if not any(found.words[index:stop]):
+            return stop - index, 0, False
         first = self._clusters.check_entry(found, index)
         reused = self._own_zero_cluster(first)
         replaces_data = kind_of(first) is Kind.DATA
@@ -190,26 +213,29 @@ class GuestWriter:
 
     async def _link(self, cluster: int, target: Target) -> None:
         """Enter the target in the L2 table, all of it without suspending."""
-        found = await self._clusters.load(cluster)
-        index = cluster % self._clusters.slice_entries
-        for step in range(target.clusters):
-            word = (target.first + step) << self._bits | COPIED
-            self._clusters.set_entry(found, index + step, word)
-        extent = Extent(
-            Kind.DATA, target.clusters << self._bits, target.first << self._bits, writable=True
-        )
+        found = self._clusters.cached(cluster) or await self._clusters.load(cluster)
+        host, length = target.first << self._bits, target.clusters << self._bits
+        entries = range(host | COPIED, (host | COPIED) + length, self._size)
+        self._clusters.set_entries(found, cluster % self._clusters.slice_entries, entries)
+        extent = Extent(Kind.DATA, length, host, writable=True)
         self._reader.publish(extent, cluster << self._bits)
 
     # --- the data ---
 
-    async def _fill(self, target: Target, offset: int, view: memoryview) -> None:
+    def _fill(self, target: Target, offset: int, view: memoryview) -> Coroutine[Any, Any, None]:
         """Write the target's clusters: the request's bytes, and around them what was there."""
         host, length = target.first << self._bits, target.clusters << self._bits
         head = offset & (self._size - 1)
         tail = length - head - len(view)
         if not head and not tail:
-            await self._data.write(host, view, offset)
-        elif target.reads_zero and await self._zeroes_around(offset, view, head, tail):
+            return self._data.write(host, view, offset)
+        return self._fill_around(target, offset, view, head, tail)
+
+    async def _fill_around(
+        self, target: Target, offset: int, view: memoryview, head: int, tail: int
+    ) -> None:
+        host, length = target.first << self._bits, target.clusters << self._bits
+        if target.reads_zero and await self._zeroes_around(offset, view, head, tail):
             await self._write_sparsely(host, offset, view, head)
         elif length <= max(MERGE_BYTES, 2 * self._size):
             await self._write_merged(host, offset, view, head, tail)

@@ -151,6 +151,14 @@ class Refcounts:
 
     async def _load(self, cluster: int) -> Slice | None:
         """The slice that counts `cluster`; None where its block doesn't exist."""
+        place = self._slice_place(cluster)
+        return None if place is None else await self._cache.load(place)
+
+    def _slice_place(self, cluster: int) -> int | None:
+        """The host offset of the slice that counts `cluster`; None where its block doesn't exist.
+
+        Raises: OSError(EIO) for a damaged entry.
+        """
         block = cluster >> self._layout.block_bits
         host = self._table.words[block]
         if not host:
@@ -161,7 +169,7 @@ class Refcounts:
                 f"refcount table entry {block} at offset {self._table.offset + block * ENTRY_BYTES}"
                 f" is {host:#x}, which is no cluster of the file"
             )
-        return await self._cache.load(host + self._slice_start(cluster))
+        return host + self._slice_start(cluster)
 
     def _slice_start(self, cluster: int) -> int:
         """Where in its block the slice that counts `cluster` begins."""
@@ -176,6 +184,9 @@ class Refcounts:
         Suspends: for tables to be read, created or written back.
         Raises: OSError (ENOSPC, EIO); nothing is taken then.
         """
+        at_once = self.allocate_at_once(count_max)
+        if at_once is not None:
+            return at_once
         await self.apply_released()
         cluster = self._search_from
         while True:
@@ -189,6 +200,44 @@ class Refcounts:
             await self._cover(end)  # suspends: `found` must be looked up again
         await self._refuse_change(cluster)
         await self._overlaps.refuse(cluster, count, AS_FREE)
+        return self._take_first(found, cluster, count)
+
+    def allocate_at_once(self, count_max: int) -> Allocation | None:
+        """As `allocate`, if all it needs is in memory and in order; else None, and nothing is
+        taken. Suspends: never. Raises: OSError(EIO)."""
+        cluster = self._search_from
+        if self._writer.released or self._emptied:
+            return None
+        if cluster >> self._layout.block_bits >= len(self._table):
+            return None
+        place = self._slice_place(cluster)
+        found = self._cache.cached(place) if place is not None else None
+        if found is None:
+            return None
+        first = cluster % self._slice_entries
+        free = self._width.find_free(found.words, first, self._slice_entries)
+        if free < 0:
+            return None
+        cluster += free - first
+        stop = min(free + count_max, self._slice_entries)
+        count = self._width.free_run(found.words, free, stop)
+        if (cluster + count) << self._layout.cluster_bits > self._file.length:
+            return None
+        if not self._is_in_order(cluster, count):
+            return None
+        return self._take_first(found, cluster, count)
+
+    def _is_in_order(self, cluster: int, count: int) -> bool:
+        """Neither clusters to be taken nor the block that counts them clash with metadata."""
+        places, bits = self._overlaps.places, self._layout.cluster_bits
+        block = self._table.words[cluster >> self._layout.block_bits] >> bits
+        return places.first_in(cluster, count) is None and places.is_only(
+            Structure.REFCOUNT_BLOCK, block
+        )
+
+    def _take_first(self, found: Slice, cluster: int, count: int) -> Allocation:
+        """Count 1 for the first free clusters there are. Suspends: never."""
+        first = cluster % self._slice_entries
         self._width.set_ones(found.words, first, count)
         self._mark(found, first, count)
         self._search_from = cluster + count

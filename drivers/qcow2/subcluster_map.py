@@ -171,3 +171,7 @@ class SubclusterMap(ClusterMap):
         """As ClusterMap's; `word` is the whole entry, its bitmap included."""
         cast("ExtendedSlice", found).bitmaps[index] = word >> BITMAP_SHIFT
         super().set_entry(found, index, word & WORD_MASK, discard=discard)
+
+    def set_entries(self, found: Slice, index: int, entries: Sequence[int]) -> None:
+        for step, entry in enumerate(entries):
+            self.set_entry(found, index + step, entry)

@@ -102,8 +102,10 @@ class SubclusterWriter(GuestWriter):
         """Returns the part of `view` that was written."""
         cluster = offset >> self._bits
         end = (offset + len(view) + self._size - 1) >> self._bits
-        async with self._mutex:
-            target = await self._take(cluster, end - cluster)
+        target = self._take_at_once(cluster, end - cluster)
+        if target is None:
+            async with self._mutex:
+                target = await self._take(cluster, end - cluster)
         view = view[: ((cluster + target.clusters) << self._bits) - offset]
         try:
             area = await self._area_to_move(cluster, target, offset, offset + len(view))

@@ -148,6 +148,13 @@ class TableCache:
         """The slice was used just now."""
         self.slices.move_to_end(offset)
 
+    def cached(self, offset: int) -> Slice | None:
+        """The slice at `offset`, if it is in memory. Suspends: never."""
+        found = self.slices.get(offset)
+        if found is not None:
+            self.slices.move_to_end(offset)
+        return found
+
     async def load(self, offset: int) -> Slice:
         """The slice at `offset`, from memory or the file.
 

@@ -37,6 +37,36 @@ def test_exclusive_waits_for_all_who_overlap_and_nobody_else(ctx: AioContext) ->
     assert locks.try_shared(7, 7) is None  # only the fast way is shut
 
 
+def test_shared_hold_is_upgraded_unless_somebody_else_is_there(ctx: AioContext) -> None:
+    locks = ClusterLocks()
+    one, two = locks.try_shared(0, 5), locks.try_shared(5, 9)
+    assert one is not None
+    assert two is not None
+    assert not locks.try_upgrade(one)
+    locks.release(two)
+    assert locks.try_upgrade(one)
+    reader = ctx.spawn(locks.shared(5, 5))
+    writer = ctx.spawn(locks.exclusive(6, 6))
+    assert not reader.done()
+    assert writer.done()
+    locks.release(one)
+    while ctx.poll(blocking=False):
+        pass
+    assert reader.done()
+
+
+def test_upgrade_does_not_overtake_who_waits(ctx: AioContext) -> None:
+    locks = ClusterLocks()
+    held = locks.try_shared(0, 0)
+    assert held is not None
+    waiting = ctx.spawn(locks.exclusive(0, 0))
+    assert not locks.try_upgrade(held)
+    locks.release(held)
+    while ctx.poll(blocking=False):
+        pass
+    assert waiting.done()
+
+
 def test_newcomer_does_not_overtake_a_waiting_exclusive(ctx: AioContext) -> None:
     locks = ClusterLocks()
     one = locks.try_shared(0, 0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from blockemu.drivers.qcow2.metadata_writer import Reference
 from tests.unit.drivers.qcow2.checker import Checker
 from tests.unit.drivers.qcow2.support import KIB, MIB, Images
 
@@ -52,6 +53,29 @@ def test_holes_are_filled_before_the_file_grows(images: Images) -> None:
     disk.write(8 * MIB, b"y" * (MIB // 2 - 8192))
     assert disk.driver.image.refcounts.used_end == end
     assert disk.read(8 * MIB, MIB // 2 - 8192) == b"y" * (MIB // 2 - 8192)
+    disk.close()
+    assert not Checker(image.content).leaks
+
+
+def test_plain_allocation_takes_what_is_free_and_leaves_the_rest_to_the_slow_way(
+    images: Images,
+) -> None:
+    image = images.create("image", 16 * MIB, cluster_size=4096)
+    disk = images.open("image")
+    qcow2 = disk.driver.image
+    refcounts = qcow2.refcounts
+    assert refcounts.allocate_at_once(1) is None  # the block must be read
+    disk.write(0, b"x" * 8192)
+    taken = refcounts.allocate_at_once(3)
+    assert taken is not None
+    assert [disk.ctx.run(refcounts.get(taken.first + step)) for step in range(4)] == [1, 1, 1, 0]
+    rest = qcow2.file.length // 4096 - refcounts.used_end
+    assert refcounts.allocate_at_once(rest + 1) is None  # the file must grow
+    disk.ctx.run(disk.node.pdiscard(0, 4096))
+    disk.ctx.run(qcow2.writer.flush())
+    assert qcow2.writer.released
+    assert refcounts.allocate_at_once(1) is None  # what was let go must be counted down first
+    disk.ctx.run(refcounts.release(Reference(taken.first, taken.clusters)))
     disk.close()
     assert not Checker(image.content).leaks
 
