@@ -250,6 +250,8 @@ def choose_native(options: argparse.Namespace) -> None:
 
     Every server inherits it; only blockemu looks at it.
     """
+    # Some build machines keep Python from saving compiled modules; a user's start has them.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ.pop("BLOCKEMU_NATIVE", None)
     if options.python_only:
         os.environ["BLOCKEMU_NATIVE"] = "0"
