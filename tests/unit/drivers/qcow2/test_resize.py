@@ -86,11 +86,33 @@ def test_backing_file_does_not_show_in_a_disk_that_shrank_and_grew(images: Image
     assert disk.read(0, MIB) == b"\xff" * (100 * KIB) + bytes(MIB - 100 * KIB)
 
 
-@pytest.mark.parametrize(("length", "code"), [(1000, errno.EINVAL), (2 * MIB, errno.ENOTSUP)])
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"compat": "0.10"}, {"extended_l2": "on"}, {"data_file": "data"}],
+    ids=str,
+)
+def test_preallocated_growth_shows_nothing_that_lay_there(
+    images: Images, tmp_path: Path, options: dict[str, str], mode: str
+) -> None:
+    """Neither in clusters that are free again, nor on another try after a shrink."""
+    images.create("image", 3 * MIB, cluster_size=16384, **options)
+    disk = images.open("image")
+    for _ in range(2):
+        disk.write(0, b"x" * 3 * MIB)
+        disk.flush()
+        disk.ctx.run(disk.node.truncate(MIB + 512))
+        disk.ctx.run(disk.node.truncate(3 * MIB, preallocation=mode))
+        assert disk.read(0, 3 * MIB) == b"x" * (MIB + 512) + bytes(2 * MIB - 512)
+    disk.close()
+    images.check("image", tmp_path)
+
+
+@pytest.mark.parametrize(("length", "code"), [(1000, errno.EINVAL), (64 * KIB, errno.ENOTSUP)])
 def test_size_that_can_not_be_is_refused(images: Images, length: int, code: int) -> None:
     images.create("image", MIB)
     disk = images.open("image")
-    preallocation = "full" if length == 2 * MIB else "off"
+    preallocation = "full" if length == 64 * KIB else "off"
     with pytest.raises(OSError) as caught:
         disk.ctx.run(disk.node.truncate(length, preallocation=preallocation))
     assert caught.value.errno == code
