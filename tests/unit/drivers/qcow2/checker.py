@@ -218,9 +218,10 @@ class Checker:
         data = bytes(file[host : host + length])
         found[guest : guest + len(data)] = data
 
-    def read(self) -> bytes:
-        """What the guest sees, the backing file taken for zeroes."""
-        return self._read(self.l1, self.disk_bytes)
+    def read(self, disk_bytes: int | None = None) -> bytes:
+        """What the guest sees, the backing file taken for zeroes; of a disk of `disk_bytes`, if
+        the tables are to be believed behind its end, too."""
+        return self._read(self.l1, self.disk_bytes if disk_bytes is None else disk_bytes)
 
     def snapshot_contents(self) -> dict[str, bytes]:
         """By name: what the guest saw then."""

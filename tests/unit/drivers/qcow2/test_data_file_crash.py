@@ -96,10 +96,12 @@ def test_power_cut_with_caches_of_a_few_slices_keeps_what_was_flushed(
 
 
 @pytest.mark.parametrize("raw", [False, True])
-@pytest.mark.parametrize("target", [50 * KIB, 2048 * KIB])
+@pytest.mark.parametrize(
+    ("target", "mode"), [(50 * KIB, "off"), (2048 * KIB, "off"), (2048 * KIB, "full")]
+)
 @pytest.mark.parametrize("options", [{"cluster_size": 1024}, SUBCLUSTERS], ids=str)
 def test_power_cut_while_the_disk_changes_its_size_leaves_one_or_the_other(
-    images: Images, seed: int, options: dict[str, Any], target: int, raw: bool
+    images: Images, seed: int, options: dict[str, Any], target: int, mode: str, raw: bool
 ) -> None:
     rng = random.Random(seed)
     images.create("image", DISK_BYTES, data_file="data", data_file_raw=raw, **options)
@@ -108,7 +110,7 @@ def test_power_cut_while_the_disk_changes_its_size_leaves_one_or_the_other(
     disk.close()
     recorder = TwoFileRecorder(images["image"], images["data"], rng)
     disk = images.open("image")
-    images.ctx.run(disk.node.truncate(target))
+    images.ctx.run(disk.node.truncate(target, preallocation=mode))
     disk.close()
     cut_disk = TwoFileDisk(recorder)
     kept = min(target, DISK_BYTES)
