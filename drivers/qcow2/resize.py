@@ -19,6 +19,7 @@ one has all that is new mapped, as all the rest.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from array import array
 from typing import TYPE_CHECKING
@@ -108,8 +109,13 @@ async def _grow(image: Image, length: int, preallocation: str) -> None:
             if image.data_file is not None:
                 await image.data_file.set_disk_bytes(length)
             image.guest_writer.disk_bytes = length
-            await _zero_new(image, old, length, preallocation)
-            await image.flush()
+            try:
+                await _zero_new(image, old, length, preallocation)
+                await image.flush()
+            except OSError:
+                if preallocation != "off":
+                    await _give_back(image, old, length)
+                raise
             await image.header_file.set_size(length)
         except BaseException:
             image.guest_writer.disk_bytes = old
@@ -146,6 +152,13 @@ async def _zero_new(image: Image, old: int, new: int, preallocation: str) -> Non
         end = min(new, backing.length_bytes)
         unmap = preallocation == "off"
         await image.eraser.zero(cluster_end, end - cluster_end, may_unmap=unmap)
+
+
+async def _give_back(image: Image, old: int, new: int) -> None:
+    """The space that a disk took which then couldn't grow, as far as can be."""
+    size = image.layout.cluster_size
+    with contextlib.suppress(OSError):  # what failed is of more interest
+        await image.eraser.forget(div_up(old, size), div_up(new, size))
 
 
 async def _grow_l1(image: Image, entries: int) -> None:

@@ -227,7 +227,7 @@ def test_power_cut_while_the_disk_grows_with_preallocation_shows_nothing_that_la
     rng = random.Random(seed)
     old, new = 512 * KIB, 1024 * KIB
     images.create("image", old, **options)
-    disk = images.open("image")
+    disk = images.open("image", pass_discard_request=False)
     disk.write(0, b"\x5a" * old)
     disk.flush()
     images.ctx.run(disk.node.pdiscard(0, old // 2))

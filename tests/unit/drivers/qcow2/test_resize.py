@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.peers.qemu import QemuImg, QemuIo, run_tool
+from tests.unit.drivers.qcow2.checker import Checker
 from tests.unit.drivers.qcow2.support import KIB, MIB, Images
 
 
@@ -97,7 +99,7 @@ def test_preallocated_growth_shows_nothing_that_lay_there(
 ) -> None:
     """Neither in clusters that are free again, nor on another try after a shrink."""
     images.create("image", 3 * MIB, cluster_size=16384, **options)
-    disk = images.open("image")
+    disk = images.open("image", pass_discard_request=False)
     for _ in range(2):
         disk.write(0, b"x" * 3 * MIB)
         disk.flush()
@@ -106,6 +108,44 @@ def test_preallocated_growth_shows_nothing_that_lay_there(
         assert disk.read(0, 3 * MIB) == b"x" * (MIB + 512) + bytes(2 * MIB - 512)
     disk.close()
     images.check("image", tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"cluster_size": 4096}, {"extended_l2": "on"}], ids=str)
+def test_growth_that_finds_no_space_leaves_the_old_disk_and_keeps_none(
+    images: Images, options: dict[str, Any]
+) -> None:
+    failures = 0
+    while True:
+        image = images.create("image", 300 * KIB, **options)
+        disk = images.open("image")
+        disk.write(0, b"x" * 300 * KIB)
+        disk.flush()
+        calls = 0
+
+        def fault(kind: str, offset: int, length: int) -> int:
+            nonlocal calls
+            if kind not in ("write", "zero", "truncate") or (kind == "write" and not offset):
+                return 0  # after a write of the header that failed, nobody knows what it says
+            calls += 1
+            return errno.ENOSPC if calls == failures + 1 else 0  # noqa: B023
+
+        image.fault = fault
+        try:
+            disk.ctx.run(disk.node.truncate(2 * MIB, preallocation="full"))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+        else:
+            break
+        image.fault = None
+        assert disk.node.length_bytes == 300 * KIB
+        assert disk.read(0, 300 * KIB) == b"x" * 300 * KIB
+        disk.close()
+        judged = Checker(image.content)
+        assert not judged.corruptions
+        assert not judged.leaks
+        assert len(judged.references) * judged.size < MIB
+        failures += 1
+    assert failures > 3
 
 
 @pytest.mark.parametrize(("length", "code"), [(1000, errno.EINVAL), (64 * KIB, errno.ENOTSUP)])
