@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import allocation, img_tools
+from benchmarks import allocation, img_tools, l2_cache
 from benchmarks.contestants import CONTESTANTS, EXTRA_CONTESTANTS, OURS, Contestant, Stand
 from benchmarks.images import copy_image, make_master, takes_direct_io
 from benchmarks.iothreads import iothreads_section, run_iothreads
@@ -34,6 +34,7 @@ from benchmarks.options import (
     IMG,
     IOTHREADS,
     ISOLATION,
+    L2_CACHE,
     SERVERS,
     choose_contestants,
     choose_parts,
@@ -164,6 +165,12 @@ class Run:
             samples = allocation.run_allocation(folders, rounds=self.options.rounds, complain=say)
         self._add(allocation.allocation_section(samples))
 
+    def run_l2_cache(self) -> None:
+        """Finding clusters of an image of 1 TiB."""
+        with tempfile.TemporaryDirectory(prefix="bench-", dir=self.options.cache_dir) as name:
+            samples = l2_cache.run_l2_cache(Path(name), rounds=self.options.rounds, complain=say)
+        self._add(l2_cache.l2_cache_section(samples))
+
     def run_img(self) -> None:
         """The img commands beside qemu-img."""
         with tempfile.TemporaryDirectory(prefix="bench-", dir=self.options.cache_dir) as name:
@@ -282,6 +289,7 @@ def main() -> int:
         ISOLATION: run.run_isolation,
         IOTHREADS: run.run_iothreads,
         ALLOCATION: run.run_allocation,
+        L2_CACHE: run.run_l2_cache,
         IMG: run.run_img,
     }
     for part in choose_parts(options):

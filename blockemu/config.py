@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
+from blockemu.drivers.crypto.secrets import SecretTable
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.filename import is_json, local_path, parse_filename
 from blockemu.drivers.metadata_budget import METADATA_BYTES_MAX
@@ -73,6 +74,8 @@ class DaemonConfig:
     limits: Limits = field(default_factory=Limits)
     metadata_bytes_max: int = METADATA_BYTES_MAX
     """What caches of all images' metadata may take, together."""
+    secrets: SecretTable = field(default_factory=SecretTable)
+    """What unlocks encrypted images; QMP adds more."""
 
 
 def serve_config(
@@ -93,6 +96,7 @@ def serve_config(
     poll_params: PollParams | None = None,
     limits: Limits | None = None,
     metadata_bytes_max: int = METADATA_BYTES_MAX,
+    secrets: SecretTable | None = None,
 ) -> DaemonConfig:
     """The configuration of `blockemu serve`. Raises: DaemonError."""
     if not paths:
@@ -129,6 +133,7 @@ def serve_config(
         poll_params=poll_params or default_poll_params(),
         limits=limits,
         metadata_bytes_max=metadata_bytes_max,
+        secrets=secrets or SecretTable(),
     )
 
 

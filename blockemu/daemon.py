@@ -62,6 +62,7 @@ class Daemon:
             files=files or PosixFiles(),
             ctx=self.main_ctx,
             metadata_budget=MetadataBudget(config.metadata_bytes_max),
+            secrets=config.secrets,
         )
         self.exports = ExportTable()
         self.iothreads: dict[str, IOThread] = {}

@@ -74,6 +74,9 @@ class BlockDriver(ABC):
     supports_compressed_writes: bool = False
     """`pwritev` honours WRITE_COMPRESSED; otherwise it is never handed the flag."""
 
+    keeps_zeroes: ClassVar[bool] = True
+    """A filter's: zeroes of the file below, and so its holes, are zeroes here."""
+
     host_file: HostFile | None = None
     """The host file whose bytes are this node's bytes, offset by offset, where there is one."""
 

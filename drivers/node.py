@@ -71,6 +71,9 @@ class BlockDriverState:
         """Why writes fail with EIO, on a node that has become read-only."""
         self.force_share = False
         """Opened without image locks: others may write meanwhile (`img info -U`)."""
+        self.no_io = False
+        """Opened to be described: the guest's bytes are neither read nor written (option `no-io`),
+        and an encrypted image needs no secret."""
         self.unmap = True
         """Discards are passed on to the driver, and MAY_UNMAP (option `discard`)."""
         self.detect_zeroes = "off"

@@ -18,6 +18,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from blockemu.drivers.child import BdrvChild, Permission, Role
+from blockemu.drivers.crypto.offload import Offload, on_thread_pool
+from blockemu.drivers.crypto.secrets import SecretTable
 from blockemu.drivers.driver import BlockDriver
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.filename import identity, is_json, local_path, parse_filename, resolve
@@ -26,6 +28,7 @@ from blockemu.drivers.node import DETECT_ZEROES, NESTED_IMAGES_MAX, BlockDriverS
 from blockemu.drivers.options import refuse_unknown, take_bool, take_choice, take_str
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.coroutine import run_on_fresh_stack
+from blockemu.loop.entropy import Entropy, system_entropy
 from blockemu.loop.host_file import FileEngine
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ PROBE_BYTES = 4096
 _BUILT_IN = {
     "file": "blockemu.drivers.file:FileDriver",
     "host_device": "blockemu.drivers.file:HostDeviceDriver",
+    "luks": "blockemu.drivers.luks:LuksDriver",
     "nbd": "blockemu.drivers.nbd.driver:NbdDriver",
     "null-co": "blockemu.drivers.null:NullDriver",
     "qcow2": "blockemu.drivers.qcow2.driver:Qcow2Driver",
@@ -50,7 +54,7 @@ _BUILT_IN = {
 }
 
 _MADE_UP = "#block"
-_OF_ALL_BELOW = ("read-only", "force-share")
+_OF_ALL_BELOW = ("read-only", "force-share", "no-io")
 
 
 class DriverTable:
@@ -105,9 +109,16 @@ class Opener:
         ctx: AioContext,
         drivers: DriverTable | None = None,
         metadata_budget: MetadataBudget | None = None,
+        secrets: SecretTable | None = None,
     ) -> None:
         self.files = files
         self.metadata_budget = metadata_budget or MetadataBudget()
+        self.secrets = secrets or SecretTable()
+        self.node_options: dict[str, dict[str, Any]] = {}
+        """What the user says of images besides their names: options of the format's node (and,
+        under "file", of the file's), by the file's path."""
+        self.offload: Offload = on_thread_pool
+        self.entropy: Entropy = system_entropy
         self.ctx = ctx
         self.drivers = drivers or DriverTable()
         self.nodes: dict[str, BlockDriverState] = {}
@@ -120,9 +131,10 @@ class Opener:
     ) -> BlockDriverState:
         """Open the node that `options` describe, and everything below it.
 
-        Options of every node: `driver`, `node-name` (made up if missing), `read-only` and
-        `force-share` (both default to those of the node `above`), `discard` (unmap, the default, or
-        ignore) and `detect-zeroes` (off, the default, on or unmap). The rest is the driver's.
+        Options of every node: `driver`, `node-name` (made up if missing), `read-only`,
+        `force-share` and `no-io` (they default to those of the node `above`), `discard` (unmap, the
+        default, or ignore) and `detect-zeroes` (off, the default, on or unmap). The rest is the
+        driver's.
         Suspends: while images are read. Raises: ImageError; what was opened is closed again.
         """
         options = copy.deepcopy(options)
@@ -141,6 +153,7 @@ class Opener:
         node.force_share = take_bool(
             node_name, options, "force-share", default=above.force_share if above else False
         )
+        node.no_io = take_bool(node_name, options, "no-io", default=above.no_io if above else False)
         _take_policies(node, options)
         if above is not None:
             node.backing_names = above.backing_names
@@ -212,12 +225,18 @@ class Opener:
     # --- by name ---
 
     async def open_backing(
-        self, parent: BlockDriverState, *, filename: str, fmt: str | None
+        self,
+        parent: BlockDriverState,
+        *,
+        filename: str,
+        fmt: str | None,
+        extra: dict[str, Any] | None = None,
     ) -> BdrvChild:
         """Open the backing file that the image of `parent` names, read-only, as its "backing".
 
-        A relative path is relative to the folder of the image that names it. `fmt` may be None
-        only for a `json:` name that says the driver itself.
+        `extra`: options for its format node besides. A relative path is relative to the folder of
+        the image that names it. `fmt` may be None only for a `json:` name that says the driver
+        itself.
         Raises: ImageError: missing, unreadable, part of its own chain, or of a kind not known.
         """
         image = parent.filename or parent.node_name
@@ -234,7 +253,7 @@ class Opener:
         options = self.image_options(name, fmt, file_options=parent.file_options)
         if "driver" not in options:
             raise ImageError(image, f"doesn't say which format its backing file '{filename}' has")
-        options["read-only"] = True
+        options |= {"read-only": True, **(extra or {})}
         own_names, parent.backing_names = parent.backing_names, chain
         shared = Permission.ALL & ~(Permission.WRITE | Permission.RESIZE)
 
@@ -268,16 +287,25 @@ class Opener:
     ) -> dict[str, Any]:
         """The option tree of the image `name`: of format `fmt`, over the file that the name means.
 
-        A `json:` name has a tree of its own, and its driver holds where `fmt` is None.
+        A `json:` name has a tree of its own, and its driver holds where `fmt` is None; of others,
+        `node_options` may say more.
         Raises: ImageError: no such name, or no such format.
         """
         tree = parse_filename(name, file_options)
         if not is_json(name):
-            tree = {"file": tree}
+            tree = {**copy.deepcopy(self.node_options.get(name, {})), "file": tree}
         if fmt is not None and fmt != tree.get("driver"):
             self._check_format(name, fmt)
             tree["driver"] = fmt
         return tree
+
+    def said_of(self, name: str) -> dict[str, Any]:
+        """What is said of the format's node of the image `name` besides its driver and its file.
+        Raises: ImageError: no such name."""
+        if not is_json(name):
+            return self.node_options.get(name, {})
+        tree = parse_filename(name, {})
+        return {key: value for key, value in tree.items() if key not in ("driver", "file")}
 
     def _check_format(self, name: str, fmt: str) -> None:
         """Raises: ImageError, when `fmt` is no format of images."""
@@ -376,6 +404,7 @@ class Opener:
         detect_zeroes: str = "off",
         overlap_check: str | None = None,
         snapshot: str | None = None,
+        no_io: bool = False,
     ) -> BlockDriverState:
         """Open the image at `path` the way the command line does.
 
@@ -386,6 +415,7 @@ class Opener:
         options: dict[str, Any] = {
             "read-only": read_only,
             "force-share": force_share,
+            "no-io": no_io,
             "discard": discard,
             "detect-zeroes": detect_zeroes,
         }

@@ -12,13 +12,18 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from blockemu.drivers.backend import BlockBackend
+from blockemu.drivers.crypto import luks_volume
+from blockemu.drivers.crypto.create_options import take_new_volume
+from blockemu.drivers.crypto.luks_volume import NewVolume
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.filename import path_to_create, resolve
 from blockemu.drivers.qcow2.create import create as qcow2_create
 from blockemu.drivers.qcow2.create_options import CreateOptions
+from blockemu.drivers.sector import sectors_up
 from blockemu.jobs.job import Job
 
 if TYPE_CHECKING:
@@ -63,7 +68,7 @@ class CreateJob(Job):
         if self.image.fmt not in _FORMATS:
             known = ", ".join(sorted(_FORMATS))
             raise ImageError(path, f"can't create format '{self.image.fmt}'; known: {known}")
-        write_format = _FORMATS[self.image.fmt](self.image)
+        write_format = _FORMATS[self.image.fmt](self.image, self._opener)
         self.add_work(1)
         try:
             await self._create(write_format)
@@ -130,7 +135,7 @@ class CreateJob(Job):
                 pass
 
 
-def _raw_writer(image: NewImage) -> FormatWriter:
+def _raw_writer(image: NewImage, opener: Opener) -> FormatWriter:
     """A raw image is its size. Raises: ImageError, for options that can't be."""
     options = dict(image.options)
     preallocation = options.pop("preallocation", None) or "off"
@@ -155,16 +160,64 @@ def _raw_writer(image: NewImage) -> FormatWriter:
     return write
 
 
-def _qcow2_writer(image: NewImage) -> FormatWriter:
+def _qcow2_writer(image: NewImage, opener: Opener) -> FormatWriter:
     options = CreateOptions.parse(image.path, image.size_bytes, image.options)
+    new_luks = None
+    if options.encryption is not None:
+        new_luks = luks_maker(image.path, options.encryption, options.key_secret, opener)
 
     async def write(node: BlockDriverState, data: BlockDriverState | None) -> None:
-        await qcow2_create(node, image.path, options, data=data)
+        area = await new_luks() if new_luks is not None else b""
+        await qcow2_create(node, image.path, options, data=data, luks_area=area)
 
     return write
 
 
-_FORMATS: dict[str, Callable[[NewImage], FormatWriter]] = {
+def _luks_writer(image: NewImage, opener: Opener) -> FormatWriter:
+    """A LUKS volume is its header and key material, and room for the payload."""
+    rest = dict(image.options)
+    secret_id = rest.pop("key-secret", None)
+    new = take_new_volume(image.path, rest)
+    if rest:
+        raise ImageError(image.path, f"format luks has no option '{next(iter(rest))}'")
+    new_luks = luks_maker(image.path, new, secret_id, opener)
+    length = new.payload_bytes() + sectors_up(image.size_bytes)
+
+    async def write(node: BlockDriverState, data: BlockDriverState | None) -> None:
+        area = await new_luks()
+        file = node.driver.host_file
+        if file is None or not file.is_block_device:
+            await node.truncate(0)
+            await node.truncate(length)
+        elif length > node.length_bytes:
+            raise ImageError(image.path, f"has {node.length_bytes} bytes, fewer than {length}")
+        await node.pwritev(0, memoryview(area))
+        await node.flush()
+
+    return write
+
+
+def luks_maker(
+    name: str, new: NewVolume, secret_id: str | None, opener: Opener
+) -> Callable[[], Awaitable[bytes]]:
+    """Looks the secret up, and returns what computes the new volume's header area, in seconds.
+
+    Raises: ImageError: no secret.
+    """
+    if not secret_id:
+        raise ImageError(name, "an encrypted image needs a secret: option 'key-secret' names it")
+    passphrase = opener.secrets.find(name, secret_id)
+
+    async def make() -> bytes:
+        create = partial(luks_volume.create, entropy=opener.entropy)
+        _, area, _ = await opener.offload(create, name, new, passphrase)
+        return area
+
+    return make
+
+
+_FORMATS: dict[str, Callable[[NewImage, Opener], FormatWriter]] = {
+    "luks": _luks_writer,
     "raw": _raw_writer,
     "qcow2": _qcow2_writer,
 }

@@ -56,6 +56,11 @@ class HostClock:
     now_ns = staticmethod(time.time_ns)
 
 
+thread_cpu_ns = time.thread_time_ns
+"""Nanoseconds of processor time that the calling thread has used: to measure how quick a
+computation is here. Context: any thread."""
+
+
 def local_time_text(seconds: int) -> str:
     """A moment of the wall clock, in seconds since 1970, as people here read it:
     `2024-02-29 23:59:59`, in the machine's time zone."""

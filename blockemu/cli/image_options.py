@@ -51,11 +51,12 @@ def quiet_option(function: F) -> F:
     return click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")(function)
 
 
-def image_opts_option(parameter: str) -> Callable[[F], F]:
-    """--image-opts: the image names in `parameter` are options. The innermost decorator.
+WITH_TARGET = "filenames"
+"""The parameter whose last name is a target's, which stays a name."""
 
-    Of several names in one parameter, the last is the target's, which stays a name.
-    """
+
+def image_opts_option(*parameters: str) -> Callable[[F], F]:
+    """--image-opts: the image names in `parameters` are options. The innermost decorator."""
 
     def decorate(function: F) -> F:
         @wraps(function)
@@ -63,7 +64,8 @@ def image_opts_option(parameter: str) -> Callable[[F], F]:
             if image_opts:
                 if values.get("fmt") is not None:
                     raise click.UsageError("--image-opts and --format are mutually exclusive.")
-                values[parameter] = _names(values[parameter])
+                for parameter in parameters:
+                    values[parameter] = _names(parameter, values[parameter])
             return function(*args, **values)
 
         return click.option(
@@ -75,14 +77,15 @@ def image_opts_option(parameter: str) -> Callable[[F], F]:
     return decorate
 
 
-def _names(value: Any) -> Any:
+def _names(parameter: str, value: Any) -> Any:
     """The `json:` names of options."""
     from blockemu.drivers.filename import name_of_image_opts
 
     if isinstance(value, str):
         return name_of_image_opts(value)
     if isinstance(value, tuple):
-        return (*(name_of_image_opts(text) for text in value[:-1]), value[-1])
+        kept = value[-1:] if parameter == WITH_TARGET else ()
+        return (*(name_of_image_opts(text) for text in value[: len(value) - len(kept)]), *kept)
     return value
 
 

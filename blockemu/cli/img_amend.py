@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import click
 
-from blockemu.cli.image_options import quiet_option
+from blockemu.cli.image_options import image_opts_option, quiet_option
+from blockemu.cli.object_option import object_option
 from blockemu.cli.progress import progress_bar, progress_option
 from blockemu.cli.verbosity import verbose_option
 
@@ -33,14 +34,22 @@ Examples:
     metavar="KEY=VALUE,...",
     help="What to change; `-o help` (or `-o ?`) lists it. A comma in a value is doubled.",
 )
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Also erase the last key slot of an encrypted image, or write over an active one.",
+)
 @progress_option
 @quiet_option
 @click.argument("filename", metavar="FILE", required=False)
+@object_option
 @click.help_option("-h", "--help")
 @verbose_option
+@image_opts_option("filename")
 def amend(
     fmt: str | None,
     options: tuple[str, ...],
+    force: bool,
     progress: bool,
     quiet: bool,
     filename: str | None,
@@ -57,4 +66,4 @@ def amend(
     if not options:
         raise click.UsageError("Missing option '-o'.")
     with progress_bar(wanted=progress and not quiet) as show:
-        amend_image(filename, fmt=fmt, option_texts=options, progress=show)
+        amend_image(filename, fmt=fmt, option_texts=options, force=force, progress=show)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import click
 
-from blockemu.cli.image_options import force_share_option, quiet_option
+from blockemu.cli.image_options import force_share_option, image_opts_option, quiet_option
+from blockemu.cli.object_option import object_option
 from blockemu.cli.sizes import read_size
 from blockemu.cli.verbosity import verbose_option
 
@@ -61,8 +62,10 @@ Examples:
 @quiet_option
 @force_share_option
 @click.argument("filename", metavar="FILE")
+@object_option
 @click.help_option("-h", "--help")
 @verbose_option
+@image_opts_option("filename")
 def bench(
     count: int,
     depth: int,

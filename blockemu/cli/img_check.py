@@ -6,6 +6,7 @@ from __future__ import annotations
 import click
 
 from blockemu.cli.image_options import format_option, image_opts_option, output_option, quiet_option
+from blockemu.cli.object_option import object_option
 from blockemu.cli.verbosity import verbose_option
 
 EPILOG = """
@@ -38,6 +39,7 @@ Examples:
 )
 @quiet_option
 @click.argument("filename", metavar="FILE")
+@object_option
 @click.help_option("-h", "--help")
 @verbose_option
 @image_opts_option("filename")

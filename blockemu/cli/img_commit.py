@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import click
 
-from blockemu.cli.image_options import quiet_option
+from blockemu.cli.image_options import image_opts_option, quiet_option
+from blockemu.cli.object_option import object_option
 from blockemu.cli.progress import progress_bar, progress_option
 from blockemu.cli.verbosity import verbose_option
 
@@ -36,8 +37,10 @@ Examples:
 @progress_option
 @quiet_option
 @click.argument("filename", metavar="FILE")
+@object_option
 @click.help_option("-h", "--help")
 @verbose_option
+@image_opts_option("filename")
 def commit(
     fmt: str | None,
     drop: bool,

@@ -6,7 +6,13 @@ from __future__ import annotations
 import click
 
 from blockemu.cli.failure import report
-from blockemu.cli.image_options import cache_option, force_share_option, quiet_option
+from blockemu.cli.image_options import (
+    cache_option,
+    force_share_option,
+    image_opts_option,
+    quiet_option,
+)
+from blockemu.cli.object_option import object_option
 from blockemu.cli.progress import progress_bar, progress_option
 from blockemu.cli.verbosity import verbose_option
 
@@ -35,8 +41,10 @@ Examples:
 @force_share_option
 @click.argument("filename1", metavar="FILE1")
 @click.argument("filename2", metavar="FILE2")
+@object_option
 @click.help_option("-h", "--help")
 @verbose_option
+@image_opts_option("filename1", "filename2")
 def compare(
     fmt: str | None,
     second_fmt: str | None,

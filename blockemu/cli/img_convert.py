@@ -11,6 +11,7 @@ from blockemu.cli.image_options import (
     image_opts_option,
     quiet_option,
 )
+from blockemu.cli.object_option import object_option
 from blockemu.cli.progress import progress_bar, progress_option
 from blockemu.cli.sizes import read_size
 from blockemu.cli.verbosity import verbose_option
@@ -95,6 +96,7 @@ Examples:
 @quiet_option
 @force_share_option
 @click.argument("filenames", metavar="SRC... DST", nargs=-1, required=True)
+@object_option
 @click.help_option("-h", "--help")
 @verbose_option
 @image_opts_option("filenames")

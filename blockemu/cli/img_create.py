@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import click
 
+from blockemu.cli.object_option import object_option
 from blockemu.cli.verbosity import verbose_option
 
 EPILOG = """
@@ -54,6 +55,7 @@ Examples:
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @click.argument("filename", metavar="FILE", required=False)
 @click.argument("size", required=False)
+@object_option
 @click.help_option("-h", "--help")
 @verbose_option
 def create(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import click
 
 from blockemu.cli.image_options import format_option, image_opts_option, output_option
+from blockemu.cli.object_option import object_option
 from blockemu.cli.verbosity import verbose_option
 
 EPILOG = """
@@ -33,6 +34,7 @@ Examples:
     help="Describe its backing file, too, and so on; an image that has one needs -f.",
 )
 @click.argument("filename", metavar="FILE")
+@object_option
 @click.help_option("-h", "--help")
 @verbose_option
 @image_opts_option("filename")

@@ -7,6 +7,7 @@ import click
 
 from blockemu.cli.failure import one_line
 from blockemu.cli.image_options import force_share_option, image_opts_option, output_option
+from blockemu.cli.object_option import object_option
 from blockemu.cli.sizes import read_size
 from blockemu.cli.verbosity import verbose_option
 
@@ -46,6 +47,7 @@ Examples:
 )
 @force_share_option
 @click.argument("filename", metavar="FILE")
+@object_option
 @click.help_option("-h", "--help")
 @verbose_option
 @image_opts_option("filename")

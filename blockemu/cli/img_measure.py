@@ -6,6 +6,7 @@ from __future__ import annotations
 import click
 
 from blockemu.cli.image_options import force_share_option, image_opts_option, output_option
+from blockemu.cli.object_option import object_option
 from blockemu.cli.sizes import read_size
 from blockemu.cli.verbosity import verbose_option
 
@@ -45,6 +46,7 @@ Examples:
 )
 @force_share_option
 @click.argument("filename", metavar="[FILE]", required=False)
+@object_option
 @click.help_option("-h", "--help")
 @verbose_option
 @image_opts_option("filename")

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import click
 
-from blockemu.cli.image_options import quiet_option
+from blockemu.cli.image_options import image_opts_option, quiet_option
+from blockemu.cli.object_option import object_option
 from blockemu.cli.progress import progress_bar, progress_option
 from blockemu.cli.verbosity import verbose_option
 
@@ -48,8 +49,10 @@ Examples:
     help="Read backing files that another process is writing; what is read may be stale.",
 )
 @click.argument("filename", metavar="FILE")
+@object_option
 @click.help_option("-h", "--help")
 @verbose_option
+@image_opts_option("filename")
 def rebase(
     fmt: str | None,
     unsafe: bool,

@@ -7,7 +7,8 @@ import re
 
 import click
 
-from blockemu.cli.image_options import format_option, quiet_option
+from blockemu.cli.image_options import format_option, image_opts_option, quiet_option
+from blockemu.cli.object_option import object_option
 from blockemu.cli.verbosity import verbose_option
 
 EPILOG = """
@@ -43,8 +44,10 @@ class SizeComesLast(click.Command):
 @quiet_option
 @click.argument("filename", metavar="FILE")
 @click.argument("size", metavar="[+|-]SIZE")
+@object_option
 @click.help_option("-h", "--help")
 @verbose_option
+@image_opts_option("filename")
 def resize(
     fmt: str | None, preallocation: str, shrink: bool, quiet: bool, filename: str, size: str
 ) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import click
 
-from blockemu.cli.image_options import format_option
+from blockemu.cli.image_options import format_option, image_opts_option
+from blockemu.cli.object_option import object_option
 from blockemu.cli.verbosity import verbose_option
 
 EPILOG = """
@@ -49,8 +50,10 @@ Examples:
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors and the list.")
 @click.argument("filename", metavar="FILE")
+@object_option
 @click.help_option("-h", "--help")
 @verbose_option
+@image_opts_option("filename")
 def snapshot(
     listed: bool,
     applied: str | None,

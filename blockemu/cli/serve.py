@@ -8,6 +8,8 @@ import os
 import click
 
 from blockemu.cli.failure import one_line
+from blockemu.cli.image_options import image_opts_option
+from blockemu.cli.object_option import object_option
 from blockemu.cli.sizes import read_size
 from blockemu.cli.verbosity import CliState, verbose_option
 
@@ -31,7 +33,7 @@ Examples:
     "-f",
     "--format",
     "fmt",
-    type=click.Choice(["raw", "qcow2"]),
+    type=click.Choice(["raw", "qcow2", "luks"]),
     help="Format of the images; without it, it is found out, and an image that names a "
     "backing or data file is refused.",
 )
@@ -100,9 +102,9 @@ Examples:
 @click.option(
     "--overlap-check",
     type=click.Choice(["none", "constant", "cached", "all"]),
-    default="cached",
-    show_default=True,
-    help="Which metadata of a qcow2 image is looked out for before something is written.",
+    default=None,
+    help="Which metadata of a qcow2 image is looked out for before something is written.  "
+    "[default: cached]",
 )
 @click.option(
     "--iothread",
@@ -148,10 +150,12 @@ Examples:
     metavar="PATH",
     help="Listen for QMP (QEMU's machine protocol) on this unix socket.",
 )
+@object_option
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.pass_obj
 @click.help_option("-h", "--help")
 @verbose_option
+@image_opts_option("images")
 def serve(
     state: CliState,
     fmt: str | None,
@@ -165,7 +169,7 @@ def serve(
     aio: str,
     discard: str,
     detect_zeroes: str,
-    overlap_check: str,
+    overlap_check: str | None,
     iothreads: tuple[str, ...],
     poll_max_ns: int | None,
     poll_grow: int,
@@ -179,6 +183,7 @@ def serve(
     from blockemu.config import NBD_PORT, TcpAddress, UnixAddress, serve_config
     from blockemu.daemon import Daemon
     from blockemu.drivers.metadata_budget import METADATA_BYTES_MAX
+    from blockemu.img.session_objects import session_objects
     from blockemu.loop.iothread import default_poll_params
     from blockemu.loop.poller import PollParams
     from blockemu.notify import make_notify
@@ -194,6 +199,7 @@ def serve(
         )
     if metadata_bytes is None:
         metadata_bytes = METADATA_BYTES_MAX
+    objects = session_objects()
     config = serve_config(
         images,
         names=names,
@@ -214,6 +220,7 @@ def serve(
             shrink=poll_shrink,
         ),
         metadata_bytes_max=metadata_bytes,
+        secrets=objects.secrets,
     )
     if state.owns_process:
         raise_open_files_limit()

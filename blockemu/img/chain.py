@@ -63,6 +63,9 @@ async def read_chain(opener: Opener, path: str, *, fmt: str | None) -> list[Link
         below_fmt = chain[-1].backing_fmt
         if not below_fmt:
             raise ImageError(above, f"doesn't say which format its backing file '{backing}' has")
+        said = opener.said_of(above).get("backing")
+        if isinstance(said, dict):  # of the one below, too, which is opened by itself
+            opener.node_options.setdefault(below, said)
         try:
             chain.append(await read_link(opener, below, fmt=below_fmt))
         except ImageError as error:

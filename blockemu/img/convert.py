@@ -131,6 +131,8 @@ async def convert_opened(
     if request.existing:
         await _copy(opener, request, sources, bitmaps, progress, warn)
         return
+    if request.compressed and any("encrypt" in text for text in request.option_texts):
+        raise ImageError(request.target, "compression (-c) and encryption don't go together")
     length = sum(sectors_up(source.length_bytes) for source in sources)
     to_create = CreateRequest.from_user(
         request.target, str(length), fmt=request.target_fmt,
@@ -140,11 +142,21 @@ async def convert_opened(
     made = [path for path in _files_of(to_create) if not os.path.lexists(path)]
     try:
         await run_create(to_create, opener, cache=request.target_cache)
+        _keep_secret(opener, to_create)
         await _copy(opener, request, sources, bitmaps, progress, warn)
     except BaseException:
         for path in made:
             _remove(path)
         raise
+
+
+def _keep_secret(opener: Opener, created: CreateRequest) -> None:
+    """What the target was encrypted with also opens it."""
+    own = opener.node_options.setdefault(created.path, {})
+    if "key-secret" in created.options:
+        own["key-secret"] = created.options["key-secret"]
+    elif "encrypt.key-secret" in created.options:
+        own["encrypt"] = {"key-secret": created.options["encrypt.key-secret"]}
 
 
 async def _copy(
@@ -185,6 +197,8 @@ async def _copy(
 def _check_compressible(target: BlockBackend, sources: Sequence[BlockBackend]) -> None:
     """Clusters of the target can be compressed, and each comes from one source, or ImageError."""
     driver = target.node.driver
+    if driver.info().get("encrypted"):
+        raise ImageError(target.name, "compression (-c) and encryption don't go together")
     if not driver.supports_compressed_writes:
         if type(driver).supports_compressed_writes:
             raise ImageError(target.name, "clusters of an external data file can't be compressed")
@@ -200,7 +214,7 @@ def _check_compressible(target: BlockBackend, sources: Sequence[BlockBackend]) -
 
 def _new_image_is_blank(target: BlockBackend) -> bool:
     """A new file is. A device holds what it held, and so may clusters preallocated on it."""
-    return not any(
+    return target.node.driver.keeps_zeroes and not any(
         node.driver.host_file is not None and node.driver.host_file.is_block_device
         for node in target.node.subtree()
         if node.driver.is_protocol

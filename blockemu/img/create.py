@@ -150,6 +150,7 @@ async def _backing_size(request: CreateRequest, opener: Opener) -> int:
             direct=False,
             aio="threads",
             force_share=True,
+            no_io=True,
         )
     except ImageError as error:
         if error.name != path:

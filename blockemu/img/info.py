@@ -104,7 +104,7 @@ async def open_layer(
     return await opener.open_named(
         path,
         fmt=fmt,
-        options={"read-only": read_only, "force-share": force_share},
+        options={"read-only": read_only, "force-share": force_share, "no-io": True},
         file_options={"aio": "threads"},
         alone=True,
     )
@@ -171,6 +171,8 @@ def format_human(facts: Facts) -> str:
         f"virtual size: {format_size(size)} ({size} bytes)",
         f"disk size: {'unavailable' if actual is None else format_size(actual)}",
     ]
+    if facts.get("encrypted"):
+        lines.append("encrypted: yes")
     if "cluster-size" in facts:
         lines.append(f"cluster_size: {facts['cluster-size']}")
     if facts.get("dirty-flag"):

@@ -146,8 +146,8 @@ async def _emit_human(
         if entry.offset is None:
             raise ImageError(
                 path,
-                f"the data at {entry.start} is compressed and lies nowhere as the guest sees it; "
-                "--output json can show that",
+                f"the data at {entry.start} is compressed or encrypted and lies nowhere as the "
+                "guest sees it; --output json can show that",
             )
         emit(f"{_hex(entry.start)}{_hex(entry.length)}{_hex(entry.offset)}{entry.file or ''}")
 

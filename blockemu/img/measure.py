@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from blockemu.drivers.chain_status import chain_status
+from blockemu.drivers.crypto.create_options import take_new_volume
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.qcow2.bitmap_directory import space_bytes
 from blockemu.drivers.qcow2.create import allocated_bytes
@@ -64,8 +65,16 @@ def measure_size(size_bytes: int, *, fmt: str, option_texts: Sequence[str]) -> M
     size_bytes = sectors_up(size_bytes)
     if fmt == "raw":
         return Measure(required_bytes=size_bytes, allocated_bytes=size_bytes)
+    if fmt == "luks":
+        return _luks_measure(size_bytes, options)
     parsed = CreateOptions.parse(UNMADE, size_bytes, options)
     return _qcow2_measure(parsed, 0)
+
+
+def _luks_measure(size_bytes: int, options: Mapping[str, OptionValue]) -> Measure:
+    rest = dict(options)
+    total = size_bytes + take_new_volume(UNMADE, rest).payload_bytes()
+    return Measure(required_bytes=total, allocated_bytes=total)
 
 
 def measure_image(
@@ -95,6 +104,8 @@ async def _measure_copy(
     size_bytes = sectors_up(source.length_bytes)
     if fmt == "raw":
         return Measure(required_bytes=size_bytes, allocated_bytes=size_bytes)
+    if fmt == "luks":
+        return _luks_measure(size_bytes, options)
     parsed = CreateOptions.parse(UNMADE, size_bytes, options)
     cluster = parsed.layout.cluster_size
     if parsed.backing_file is not None:

@@ -28,12 +28,25 @@ class OptionSpec:
     """Shown where the user gives none."""
 
 
+_CIPHER = (
+    OptionSpec("cipher-alg", str, "Name of encryption cipher algorithm"),
+    OptionSpec("cipher-mode", str, "Name of encryption cipher mode"),
+    OptionSpec("ivgen-alg", str, "Name of IV generator algorithm"),
+    OptionSpec("ivgen-hash-alg", str, "Name of IV generator hash algorithm"),
+    OptionSpec("hash-alg", str, "Name of encryption hash algorithm"),
+    OptionSpec("iter-time", int, "Time to spend in PBKDF in milliseconds"),
+)
+
 RAW = (
     OptionSpec("size", int, "Virtual disk size"),
     OptionSpec("preallocation", str, "Preallocation mode (allowed values: off, falloc, full)"),
 )
 
 QCOW2 = (
+    OptionSpec("encryption", bool, "Encrypt the image with format 'aes'. (Not for new images)"),
+    OptionSpec("encrypt.format", str, "Encrypt the image; the format is luks"),
+    OptionSpec("encrypt.key-secret", str, "ID of the secret that is the LUKS passphrase"),
+    *(OptionSpec(f"encrypt.{spec.name}", spec.kind, spec.help) for spec in _CIPHER),
     OptionSpec("cluster_size", int, "qcow2 cluster size", 65536),
     OptionSpec("extended_l2", bool, "Extended L2 tables", False),
     OptionSpec(
@@ -55,8 +68,23 @@ QCOW2 = (
     OptionSpec("refcount_bits", int, "Width of a reference count entry in bits", 16),
 )
 
-FORMATS: dict[str, tuple[OptionSpec, ...]] = {"raw": RAW, "qcow2": QCOW2}
+LUKS = (
+    OptionSpec("size", int, "Virtual disk size"),
+    OptionSpec("key-secret", str, "ID of the secret that is the LUKS passphrase"),
+    *_CIPHER,
+)
+
+FORMATS: dict[str, tuple[OptionSpec, ...]] = {"raw": RAW, "qcow2": QCOW2, "luks": LUKS}
 """The formats that can be created."""
+
+KEY_SLOTS = (
+    OptionSpec("state", str, "Select new state of affected keyslots (active/inactive)"),
+    OptionSpec("new-secret", str, "ID of the secret for the new keyslot"),
+    OptionSpec("old-secret", str, "ID of the secret that affected keyslots have now"),
+    OptionSpec("keyslot", int, "Select a single keyslot to modify explicitly"),
+    OptionSpec("iter-time", int, "Time to spend in PBKDF in milliseconds"),
+)
+"""Of `img amend`, behind `encrypt.` for qcow2."""
 
 _KIND_WORDS = {str: "<str>", int: "<size>", bool: "<bool (on/off)>"}
 _ON_OFF = {
@@ -82,9 +110,14 @@ def split_commas(text: str) -> list[str]:
     return [part for part in parts if part]
 
 
-def parse_options(name: str, fmt: str, texts: Iterable[str]) -> dict[str, OptionValue]:
-    """What the user's `-o` texts say for the image `name`; later ones win. Raises: ImageError."""
-    specs = {spec.name: spec for spec in format_options(name, fmt)}
+def parse_options(
+    name: str, fmt: str, texts: Iterable[str], *, more: Iterable[OptionSpec] = ()
+) -> dict[str, OptionValue]:
+    """What the user's `-o` texts say for the image `name`; later ones win. Raises: ImageError.
+
+    `more`: options besides those of new images.
+    """
+    specs = {spec.name: spec for spec in (*format_options(name, fmt), *more)}
     found: dict[str, OptionValue] = {}
     for text in texts:
         if not text.strip(","):
@@ -123,10 +156,17 @@ def format_options(name: str, fmt: str) -> tuple[OptionSpec, ...]:
 def options_help(fmt: str) -> str:
     """What `-o help` prints. Raises: ImageError."""
     lines = [f"Supported {fmt} options:"]
-    for spec in sorted(format_options("-f", fmt), key=lambda spec: spec.name):
-        usage = f"{spec.name}={_KIND_WORDS[spec.kind]}"
-        lines.append(f"  {usage:<22} - {spec.help}")
+    lines += help_lines(format_options("-f", fmt))
     return "\n".join(lines)
+
+
+def help_lines(specs: Iterable[OptionSpec]) -> list[str]:
+    """A line for each option, by name."""
+    found = []
+    for spec in sorted(specs, key=lambda spec: spec.name):
+        usage = f"{spec.name}={_KIND_WORDS[spec.kind]}"
+        found.append(f"  {usage:<22} - {spec.help}")
+    return found
 
 
 def formatting_line(name: str, fmt: str, options: dict[str, OptionValue]) -> str:

@@ -17,6 +17,7 @@ from blockemu.drivers.backend import BlockBackend
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.node import BlockDriverState
 from blockemu.drivers.registry import Opener
+from blockemu.img.session_objects import session_objects
 from blockemu.jobs.job import Job, JobCancelled
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.coroutine import Cancelled
@@ -47,7 +48,8 @@ def run_session(
     ctx = AioContext("main")
     ctx.adopt()
     try:
-        opener = Opener(files=files or PosixFiles(), ctx=ctx)
+        objects = session_objects()
+        opener = Opener(files=files or PosixFiles(), ctx=ctx, secrets=objects.secrets)
         interrupts = 0
 
         def interrupt(signum: int) -> None:

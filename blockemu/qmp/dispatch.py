@@ -41,7 +41,8 @@ async def respond(session: Session, request: bytes | QmpError) -> dict[str, Any]
     except OSError as error:
         return _with_id(envelope, _error(QmpError(error.strerror or str(error))))
     except Exception as error:
-        log.exception("QMP command failed by a bug: %.200r", request)
+        named = envelope.get("execute") if isinstance(envelope, dict) else None
+        log.exception("QMP command failed by a bug: %.200r", named)  # arguments may be secret
         text = f"internal error: {type(error).__name__}: {error}"
         return _with_id(envelope, _error(QmpError(text)))
     if "id" in envelope:

@@ -3,12 +3,14 @@
 
 Layout of what is made, each part contiguous, in clusters:
 
-    header | refcount table | refcount blocks | L1 table | L2 tables | data
+    header | refcount table | refcount blocks | LUKS header | L1 table | L2 tables | data
 
-The last two exist with preallocation only; data then is a hole (metadata), allocated by the host
-(falloc) or written (full). With an external data file, the data part is that file; if it is raw,
-the L2 tables exist without preallocation, too. Everything counts 1. The header comes last, so that
-a creation that was cut short leaves no image.
+The LUKS header exists in encrypted images only. The last two exist with preallocation only; data
+then is a hole (metadata), allocated by the host (falloc) or written (full). With an external data
+file, the data part is that file; if it is raw, the L2 tables exist without preallocation, too. In
+an encrypted image, where a hole isn't zeroes to the guest, preallocated clusters are marked as
+zeroes. Everything counts 1. The header comes last, so that a creation that was cut short leaves no
+image.
 
 With extended L2 entries, preallocated clusters have their host cluster and no subcluster in it yet,
 as QEMU makes them: so a backing file shows through, and a device's old bytes don't. In a raw data
@@ -32,15 +34,23 @@ from blockemu.drivers.qcow2.features import (
     name_table,
 )
 from blockemu.drivers.qcow2.header import (
+    CRYPT_LUKS,
     EXTENSION_BACKING_FORMAT,
     EXTENSION_DATA_FILE,
     EXTENSION_FEATURE_NAMES,
     V3_LENGTH,
     V3_LENGTH_MIN,
+    CryptoArea,
     Extension,
     Header,
 )
-from blockemu.drivers.qcow2.layout import COPIED, HOST_OFFSET_MAX, REFTABLE_BYTES_MAX, div_up
+from blockemu.drivers.qcow2.layout import (
+    COPIED,
+    HOST_OFFSET_MAX,
+    REFTABLE_BYTES_MAX,
+    ZERO,
+    div_up,
+)
 from blockemu.drivers.qcow2.refcount_width import RefcountWidth
 from blockemu.drivers.qcow2.subclusters import ALL_ALLOCATED
 from blockemu.drivers.qcow2.table_cache import disk_bytes
@@ -57,6 +67,7 @@ class _Plan(NamedTuple):
     """Where each part begins, in clusters, and where the last one ends."""
 
     blocks: int
+    crypto: int
     l1: int
     l2: int
     data: int
@@ -69,10 +80,12 @@ async def create(
     options: CreateOptions,
     *,
     data: BlockDriverState | None = None,
+    luks_area: bytes = b"",
 ) -> None:
     """Make the file or device under `node` a new, empty qcow2 image.
 
-    `data`: the node of its external data file, which exists then.
+    `data`: the node of its external data file, which exists then. `luks_area`: the LUKS header and
+    key material of an encrypted one.
     What they held is lost. Suspends: for I/O. Raises: ImageError; OSError of the file.
     """
     assert (data is None) is (options.data_file is None)
@@ -86,6 +99,8 @@ async def create(
         await _make_data_file(data, options)
     await _make_room(node, name, plan, options)
     await _write_refcounts(node, options, plan)
+    if luks_area:
+        await _write_luks(node, luks_area, plan, options)
     if plan.l2 > plan.l1:
         await _write_l1(node, options, plan)
     if plan.data > plan.l2:
@@ -93,6 +108,7 @@ async def create(
         await _write_entries(
             node, plan.l2 * size, first, options, entries=div_up(options.size_bytes, size),
             table_bytes=(plan.data - plan.l2) * size, bitmap=_bitmap(options),
+            flags=_data_flags(options),
         )  # fmt: skip
     await node.flush()
     await node.pwritev(0, memoryview(first_cluster + bytes(size - len(first_cluster))))
@@ -101,8 +117,22 @@ async def create(
 
 def allocated_bytes(options: CreateOptions) -> int:
     """How long the file gets when the guest has written all of its disk."""
-    full = replace(options, preallocation="full", data_file=None, data_file_raw=False)
-    return _plan(full).end * options.layout.cluster_size
+    plain = replace(
+        options, preallocation="full", data_file=None, data_file_raw=False, encryption=None
+    )
+    return (_plan(plain).end + _crypto_clusters(options)) * options.layout.cluster_size
+
+
+def _data_flags(options: CreateOptions) -> int:
+    """Of preallocated clusters. With extended L2 entries, the empty bitmap says it all."""
+    is_zero = options.encryption is not None and not options.layout.extended_l2
+    return COPIED | ZERO if is_zero else COPIED
+
+
+def _crypto_clusters(options: CreateOptions) -> int:
+    if options.encryption is None:
+        return 0
+    return div_up(options.encryption.payload_bytes(), options.layout.cluster_size)
 
 
 def _plan(options: CreateOptions) -> _Plan:
@@ -112,16 +142,18 @@ def _plan(options: CreateOptions) -> _Plan:
     mapped = div_up(options.size_bytes, size) if options.maps_all else 0
     l2 = div_up(mapped, 1 << layout.l2_bits)
     data = mapped if options.data_file is None else 0
+    crypto = _crypto_clusters(options)
     table, blocks = 1, 0
     while True:
-        end = 1 + table + blocks + l1 + l2 + data
+        end = 1 + table + blocks + crypto + l1 + l2 + data
         wanted_blocks = div_up(end, layout.block_entries)
         wanted_table = max(div_up(wanted_blocks * 8, size), 1)
         if (wanted_table, wanted_blocks) == (table, blocks):
             break
         table, blocks = wanted_table, wanted_blocks
     first = 1 + table
-    return _Plan(first, first + blocks, first + blocks + l1, first + blocks + l1 + l2, end)
+    l1_start = first + blocks + crypto
+    return _Plan(first, first + blocks, l1_start, l1_start + l1, l1_start + l1 + l2, end)
 
 
 def _header(options: CreateOptions, plan: _Plan) -> Header:
@@ -143,6 +175,10 @@ def _header(options: CreateOptions, plan: _Plan) -> Header:
         header.extensions.append(
             Extension(EXTENSION_BACKING_FORMAT, options.backing_fmt.encode("utf-8"))
         )
+    if options.encryption is not None:
+        header.crypt_method = CRYPT_LUKS
+        area = CryptoArea(plan.crypto * size, options.encryption.payload_bytes())
+        header.extensions.append(area.extension())
     if layout.version == 3:
         _add_v3(header, options)
     return header
@@ -211,8 +247,8 @@ async def _write_refcounts(node: BlockDriverState, options: CreateOptions, plan:
     """The refcount table, and blocks that count 1 for every cluster up to the plan's end."""
     layout = options.layout
     size = layout.cluster_size
-    count = plan.l1 - plan.blocks
-    entries = array("Q", range(plan.blocks * size, plan.l1 * size, size))
+    count = plan.crypto - plan.blocks
+    entries = array("Q", range(plan.blocks * size, plan.crypto * size, size))
     table = disk_bytes(entries)
     await node.pwritev(size, memoryview(table + bytes(-len(table) % size)))
     width = RefcountWidth(layout.refcount_order)
@@ -230,6 +266,13 @@ def _block(width: RefcountWidth, size: int, ones: int) -> bytes:
     words = array(width.typecode, bytes(size))
     width.set_ones(words, 0, ones)
     return disk_bytes(words)
+
+
+async def _write_luks(
+    node: BlockDriverState, area: bytes, plan: _Plan, options: CreateOptions
+) -> None:
+    size = options.layout.cluster_size
+    await node.pwritev(plan.crypto * size, memoryview(area + bytes(-len(area) % size)))
 
 
 async def _write_l1(node: BlockDriverState, options: CreateOptions, plan: _Plan) -> None:
@@ -257,6 +300,7 @@ async def _write_entries(
     entries: int,
     table_bytes: int,
     bitmap: int | None = None,
+    flags: int = COPIED,
 ) -> None:
     """A table at `offset` whose `entries` name the clusters from `first` on; zeroes behind them.
     `bitmap`: the second word of each, if they have one."""
@@ -266,7 +310,7 @@ async def _write_entries(
         length = min(WRITE_BYTES, table_bytes - start)
         low = first + min(start // entry_bytes, entries)
         high = first + min((start + length) // entry_bytes, entries)
-        words = array("Q", (cluster << bits | COPIED for cluster in range(low, high)))
+        words = array("Q", (cluster << bits | flags for cluster in range(low, high)))
         if bitmap is not None:
             both = array("Q", (bitmap,)) * (2 * len(words))
             both[::2] = words

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from blockemu.drivers.crypto.create_options import take_new_volume
+from blockemu.drivers.crypto.luks_volume import NewVolume
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.options import take_bool, take_choice, take_size, take_str
 from blockemu.drivers.qcow2.compression import DEFLATE, ZSTD
@@ -42,6 +44,9 @@ class CreateOptions:
     preallocation: str = "off"
     lazy_refcounts: bool = False
     compression_type: int = DEFLATE
+    encryption: NewVolume | None = None
+    key_secret: str | None = None
+    """Id of the secret that the encrypted image gets."""
     data_file: str | None = None
     data_file_raw: bool = False
 
@@ -54,7 +59,7 @@ class CreateOptions:
     def parse(cls, name: str, size_bytes: int, options: Mapping[str, Any]) -> CreateOptions:
         """From qemu-img's names: `cluster_size`, `compat`, `refcount_bits`, `backing_file`,
         `backing_fmt`, `preallocation`, `lazy_refcounts`, `compression_type`, `extended_l2`,
-        `data_file`, `data_file_raw`.
+        `data_file`, `data_file_raw`, `encrypt.format` and what goes with it.
 
         Raises: ImageError, for what is unknown, out of range or contradictory.
         """
@@ -68,8 +73,11 @@ class CreateOptions:
             take_bool(name, rest, "extended_l2", default=False),
         )
         compression = take_choice(name, rest, "compression_type", tuple(_COMPRESSION_TYPES), "zlib")
+        encryption = _take_encryption(name, rest)
         found = cls(
             layout=layout,
+            encryption=encryption,
+            key_secret=take_str(name, rest, "encrypt.key-secret", None) if encryption else None,
             size_bytes=round_up(size_bytes, SECTOR),
             backing_file=take_str(name, rest, "backing_file", None),
             backing_fmt=take_str(name, rest, "backing_fmt", None),
@@ -90,6 +98,10 @@ class CreateOptions:
                 raise ImageError(name, "lazy_refcounts=on needs compat=1.1 or above")
             if self.compression_type != DEFLATE:
                 raise ImageError(name, "compression_type=zstd needs compat=1.1 or above")
+            if self.encryption is not None and self.preallocation != "off":
+                raise ImageError(
+                    name, "an encrypted image can be preallocated with compat=1.1 or above only"
+                )
             if self.layout.extended_l2:
                 raise ImageError(name, "extended_l2=on needs compat=1.1 or above")
             if self.data_file is not None:
@@ -126,6 +138,8 @@ class CreateOptions:
             raise ImageError(name, "an image with a backing_file can't be preallocated")
 
     def _check_data_file(self, name: str) -> None:
+        if self.data_file is not None and self.encryption is not None:
+            raise ImageError(name, "encryption and data_file aren't supported together")
         if self.data_file is None:
             if self.data_file_raw:
                 raise ImageError(name, "data_file_raw=on is given without a data_file")
@@ -136,6 +150,22 @@ class CreateOptions:
                 name, "a backing_file can't be had with data_file_raw=on: the data file alone "
                 "wouldn't show what the disk holds"
             )  # fmt: skip
+
+
+def _take_encryption(name: str, options: dict[str, Any]) -> NewVolume | None:
+    """Raises: ImageError: not LUKS, or without encryption."""
+    legacy = take_bool(name, options, "encryption", default=False)
+    fmt = take_choice(name, options, "encrypt.format", ("none", "aes", "luks"), "none")
+    if legacy or fmt == "aes":
+        raise ImageError(
+            name, "AES encryption is legacy, and not for new images; take encrypt.format=luks"
+        )
+    if fmt == "luks":
+        return take_new_volume(name, options, prefix="encrypt.")
+    given = next((key for key in options if key.startswith("encrypt.")), None)
+    if given is not None:
+        raise ImageError(name, f"option '{given}' goes with encrypt.format=luks")
+    return None
 
 
 def _cluster_bits(name: str, size: int) -> int:

@@ -19,7 +19,7 @@ from blockemu.drivers.driver import BlockDriver, BlockStatus, RequestFlags
 from blockemu.drivers.errors import ImageError, io_error
 from blockemu.drivers.filename import is_json
 from blockemu.drivers.map_slot import MapSlot
-from blockemu.drivers.options import take_str
+from blockemu.drivers.options import take_dict, take_str
 from blockemu.drivers.qcow2 import resize, snapshot, status
 from blockemu.drivers.qcow2.bitmap_directory import BitmapDirectory, read_directory
 from blockemu.drivers.qcow2.bitmap_store import BitmapStore
@@ -29,7 +29,7 @@ from blockemu.drivers.qcow2.features import CORRUPT, DIRTY, LAZY_REFCOUNTS
 from blockemu.drivers.qcow2.header import MAGIC, Header, check_tables
 from blockemu.drivers.qcow2.header_file import read_header
 from blockemu.drivers.qcow2.image import Image, open_image
-from blockemu.drivers.qcow2.layout import div_up
+from blockemu.drivers.qcow2.layout import SECTOR, div_up
 from blockemu.drivers.qcow2.options import L2_CACHE, REFCOUNT_CACHE, take_options
 from blockemu.drivers.qcow2.probe import names_other_file
 from blockemu.drivers.qcow2.snapshot_table import Snapshot, SnapshotTable, read_table
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from blockemu.drivers.dirty_bitmap import DirtyBitmap
     from blockemu.drivers.metadata_budget import Share
     from blockemu.drivers.node import BlockDriverState
+    from blockemu.drivers.qcow2.encryption import Encryption
     from blockemu.drivers.registry import Opener
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ MAP_PAGES_MIN = 4096
 class Qcow2Driver(BlockDriver):
     """Options: `file`; `backing` (a node, its options, or null for none; missing: as the header
     says); `data-file` (likewise, where the header says that there is one); `snapshot` (an id or a
-    name: show that one, read-only); those of options.py."""
+    name: show that one, read-only); `encrypt.key-secret` (the id of the secret of an encrypted
+    image); those of options.py."""
 
     name = "qcow2"
     supports_compressed_writes = True
@@ -90,13 +92,14 @@ class Qcow2Driver(BlockDriver):
         snapshots = await _read_snapshots(name, header, file)
         given = frozenset(options)
         _choose_snapshot(name, header, snapshots, file, node, options)
+        encryption = await _open_encryption(name, header, file, node, options, opener)
         data_child = await open_data_file(name, header, node, options, opener)
         share = opener.metadata_budget.new_share()
         try:
             own = take_options(name, options, header.layout, header.size, share, unmap=node.unmap)
             image = await open_image(
                 name, header, file, read_only=node.read_only, options=own,
-                buffers=lambda: node.ctx.buffers, data_child=data_child,
+                buffers=lambda: node.ctx.buffers, data_child=data_child, encryption=encryption,
             )  # fmt: skip
             image.header_file.snapshots = snapshots
             if "snapshot" not in given:
@@ -132,6 +135,10 @@ class Qcow2Driver(BlockDriver):
     @property
     def cluster_size(self) -> int:
         return self.image.layout.cluster_size
+
+    @property
+    def request_alignment(self) -> int:
+        return SECTOR if self.image.encryption is not None else 1
 
     # --- requests ---
 
@@ -400,11 +407,16 @@ class Qcow2Driver(BlockDriver):
                 data["bitmaps"] = bitmaps
             data["corrupt"] = bool(header.incompatible_features & CORRUPT)
             data["extended-l2"] = self.image.layout.extended_l2
+        encryption = self.image.encryption
+        if encryption is not None:
+            data["encrypt"] = encryption.describe()
         found: dict[str, Any] = {
             "cluster-size": self.cluster_size,
             "dirty-flag": bool(header.incompatible_features & DIRTY),
             "format-specific": {"type": "qcow2", "data": data},
         }
+        if encryption is not None:
+            found["encrypted"] = True
         if self.snapshots:
             found["snapshots"] = [_snapshot_facts(entry) for entry in self.snapshots]
         if header.backing_file is not None:
@@ -472,10 +484,31 @@ def _snapshot_facts(entry: Snapshot) -> dict[str, Any]:
     return facts
 
 
+async def _open_encryption(
+    name: str,
+    header: Header,
+    file: BdrvChild,
+    node: Any,
+    options: dict[str, Any],
+    opener: Opener,
+) -> Encryption | None:
+    """Raises: ImageError."""
+    if not header.crypt_method and not any(key.startswith("encrypt") for key in options):
+        return None
+    from blockemu.drivers.qcow2.encryption import open_encryption
+
+    check_tables(name, header, file_bytes=file.length_bytes)
+    try:
+        return await open_encryption(name, header, file, node=node, options=options, opener=opener)
+    except OSError as error:
+        raise ImageError.from_os_error(name, error) from error
+
+
 async def _open_backing(
     name: str, header: Header, node: Any, options: dict[str, Any], opener: Opener
 ) -> BdrvChild | None:
     """The backing child: as the options say, or else as the header does. Raises: ImageError."""
+    extra = take_dict(name, options, "backing") if _is_partial(options) else None
     if "backing" in options:
         given = options.pop("backing")
         if given is None:
@@ -492,6 +525,8 @@ async def _open_backing(
         )
     backing = header.backing_file
     if backing is None:
+        if extra:
+            raise ImageError(name, "has no backing file, so it takes no option 'backing'")
         return None
     fmt = header.backing_format
     if not fmt and not is_json(backing):
@@ -502,4 +537,10 @@ async def _open_backing(
         )
     if fmt == "file":
         fmt = "raw"
-    return await opener.open_backing(node, filename=backing, fmt=fmt or None)
+    return await opener.open_backing(node, filename=backing, fmt=fmt or None, extra=extra)
+
+
+def _is_partial(options: dict[str, Any]) -> bool:
+    """What is said of the backing file only adds to what the header says: its secret, say."""
+    given = options.get("backing", {})
+    return isinstance(given, dict) and not given.keys() & {"driver", "file"}

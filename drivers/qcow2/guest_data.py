@@ -29,6 +29,9 @@ class GuestData:
     None where no metadata lies in the file.
     """
 
+    keeps_zeroes = True
+    """Zeroes in the file, and so its holes, are zeroes to the guest."""
+
     def __init__(self, file: ImageFile, overlaps: OverlapCheck | None = None) -> None:
         self.file = file
         self._overlaps = overlaps

@@ -153,7 +153,11 @@ class GuestWriter:
             return Target(reused, run, reads_zero=False, taken=False, replaces_data=False)
         taken = await self._refcounts.allocate(run)
         return Target(
-            taken.first, taken.clusters, taken.reads_zero, taken=True, replaces_data=replaces_data
+            taken.first,
+            taken.clusters,
+            taken.reads_zero and self._data.keeps_zeroes,
+            taken=True,
+            replaces_data=replaces_data,
         )
 
     def _run(self, found: Slice, cluster: int, count: int) -> tuple[int, int, bool]:

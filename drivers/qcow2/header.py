@@ -59,12 +59,18 @@ EXTENSION_BACKING_FORMAT: Final = 0xE2792ACA
 EXTENSION_FEATURE_NAMES: Final = 0x6803F857
 EXTENSION_BITMAPS: Final = 0x23852875
 EXTENSION_DATA_FILE: Final = 0x44415441
+EXTENSION_ENCRYPTION: Final = 0x0537BE77
+
+CRYPT_NONE: Final = 0
+CRYPT_AES: Final = 1
+CRYPT_LUKS: Final = 2
+CRYPTO_BYTES_MAX: Final = 64 * 1024 * 1024
+"""Of an encryption header: LUKS takes 2 MiB."""
 
 _BASE = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")
 _EXTENSION = struct.Struct(">II")
-
-_CRYPT_METHODS = {1: "AES", 2: "LUKS"}
+_CRYPTO_AREA = struct.Struct(">QQ")
 
 
 class Extension(NamedTuple):
@@ -72,6 +78,17 @@ class Extension(NamedTuple):
 
     kind: int
     data: bytes
+
+
+class CryptoArea(NamedTuple):
+    """Where the encryption header lies. Bytes; it takes whole clusters."""
+
+    offset: int
+    length: int
+
+    def extension(self) -> Extension:
+        """What names it in the header."""
+        return Extension(EXTENSION_ENCRYPTION, _CRYPTO_AREA.pack(self.offset, self.length))
 
 
 @dataclass(slots=True)
@@ -117,6 +134,14 @@ class Header:
     def backing_format(self) -> str | None:
         data = self.extension(EXTENSION_BACKING_FORMAT)
         return data.decode("utf-8", "replace") if data is not None else None
+
+    @property
+    def crypto_area(self) -> CryptoArea | None:
+        """Where the encryption header lies, in an image that has one."""
+        data = self.extension(EXTENSION_ENCRYPTION)
+        if self.crypt_method != CRYPT_LUKS or data is None:
+            return None
+        return CryptoArea(*_CRYPTO_AREA.unpack(data))
 
     @property
     def has_data_file(self) -> bool:
@@ -188,6 +213,7 @@ def parse(name: str, data: bytes) -> Header:
         area_end = min(area_end, header.backing_file_offset)
     header.extensions = _parse_extensions(name, data[length:area_end])
     _check_features(name, header)
+    _check_encryption(name, header)
     return header
 
 
@@ -266,9 +292,6 @@ def _parse_extensions(name: str, area: bytes) -> list[Extension]:
 def _check_fields(name: str, header: Header) -> None:
     if header.refcount_order > REFCOUNT_ORDER_MAX:
         raise ImageError(name, f"refcount_order is {header.refcount_order}; at most 6 is possible")
-    if header.crypt_method:
-        method = _CRYPT_METHODS.get(header.crypt_method, f"method {header.crypt_method}")
-        raise ImageError(name, f"the image is encrypted ({method}), which is not supported")
     if header.layout.extended_l2 and header.cluster_bits < EXTENDED_L2_CLUSTER_BITS_MIN:
         raise ImageError(
             name,
@@ -304,6 +327,24 @@ def _check_features(name: str, header: Header) -> None:
         raise ImageError(name, "the name of its external data file holds a zero byte")
 
 
+def _check_encryption(name: str, header: Header) -> None:
+    method = header.crypt_method
+    if method not in (CRYPT_NONE, CRYPT_AES, CRYPT_LUKS):
+        raise ImageError(name, f"the image is encrypted (method {method}), which is not supported")
+    if method and header.has_data_file:
+        raise ImageError(name, "encryption and an external data file together are not supported")
+    data = header.extension(EXTENSION_ENCRYPTION)
+    if method != CRYPT_LUKS:
+        if data is not None:
+            raise ImageError(name, "has an encryption header, but isn't encrypted by LUKS")
+        return
+    if data is None or len(data) != _CRYPTO_AREA.size:
+        raise ImageError(name, "is encrypted by LUKS, but doesn't say where its LUKS header is")
+    area = CryptoArea(*_CRYPTO_AREA.unpack(data))
+    if not area.length or area.length > CRYPTO_BYTES_MAX:
+        raise ImageError(name, f"a LUKS header of {area.length} bytes is not possible")
+
+
 def check_tables(name: str, header: Header, *, file_bytes: int) -> None:
     """Refuse tables that the file can't hold or that lie over each other, before they are read.
 
@@ -316,6 +357,9 @@ def check_tables(name: str, header: Header, *, file_bytes: int) -> None:
         ("L1 table", header.l1_table_offset, header.l1_size * 8),
         ("snapshot table", header.snapshots_offset, header.nb_snapshots * SNAPSHOT_ENTRY_MIN),
     ]  # fmt: skip
+    crypto = header.crypto_area
+    if crypto is not None:
+        tables.append(("LUKS header", crypto.offset, crypto.length))
     for table, offset, length in tables:
         if not length:
             continue

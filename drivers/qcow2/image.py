@@ -54,8 +54,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from blockemu.drivers.child import BdrvChild
+    from blockemu.drivers.qcow2.encryption import Encryption
     from blockemu.drivers.qcow2.options import Options
     from blockemu.loop.buffers import BufferPool
+
+
+L2_AHEAD_BYTES = 64 * 1024
+"""Of an L2 table, read at once while the cache has room: costs little more than a slice of it."""
 
 
 @dataclass(slots=True)
@@ -83,6 +88,7 @@ class Image:
     mark: CorruptMark
     overlaps: OverlapCheck
     damage: DamageLog
+    encryption: Encryption | None = None
     data_file: DataFile | None = None
     """The file that `data` is in, if that is not `file`."""
     preallocated: bool | None = None
@@ -130,6 +136,7 @@ async def open_image(
     options: Options,
     buffers: Callable[[], BufferPool],
     data_child: BdrvChild | None = None,
+    encryption: Encryption | None = None,
 ) -> Image:
     """Judge and read the root tables, and put the parts together. Raises: ImageError.
 
@@ -152,7 +159,7 @@ async def open_image(
         data_file = None
         if data_child is not None:
             data_file = DataFile(data_child, header=header, name=name)
-        image = _assemble(name, header, file, data_file, l1, reftable, options, buffers)
+        image = _assemble(name, header, file, data_file, l1, reftable, options, buffers, encryption)
         if not read_only:
             known = RAW_DATA if header.has_data_file else 0
             if header.extension(EXTENSION_BITMAPS) is not None:
@@ -180,6 +187,7 @@ def _assemble(
     reftable: RootTable,
     options: Options,
     buffers: Callable[[], BufferPool],
+    encryption: Encryption | None,
 ) -> Image:
     layout = header.layout
     damage = DamageLog(name)
@@ -195,6 +203,7 @@ def _assemble(
     l2 = kinds.l2_cache(
         file, typecode="Q", slice_bytes=options.slice_bytes,
         bytes_max=options.l2_cache_bytes, write_back=writer.write_back,
+        ahead_bytes=min(layout.cluster_size, L2_AHEAD_BYTES),
     )  # fmt: skip
     writer.attach(blocks=blocks, reftable=reftable, l2=l2, l1=l1)
     places = MetadataPlaces(
@@ -212,6 +221,8 @@ def _assemble(
     )  # fmt: skip
     mutex = Mutex()
     data = _guest_data(header, file, data_file, writer, overlaps)
+    if encryption is not None:
+        data = encryption.guest_data(file, overlaps, buffers)
     reader = kinds.reader(
         layout, file=file, data=data, clusters=clusters, backing=None,
         decompress=decompressor(name, header.compression_type), damage=damage,
@@ -243,7 +254,7 @@ def _assemble(
         l1=l1, l2=l2, reftable=reftable, blocks=blocks, writer=writer,
         refcounts=refcounts, clusters=clusters, reader=reader, guest_writer=guest_writer,
         eraser=eraser, compressor=packer, locks=ClusterLocks(), mutex=mutex, mark=mark,
-        overlaps=overlaps, damage=damage, data_file=data_file,
+        overlaps=overlaps, damage=damage, data_file=data_file, encryption=encryption,
         preallocated=None if data_file is None else data_file.is_raw,
     )  # fmt: skip
 

@@ -2,10 +2,10 @@
 """Where the image's own tables lie: what no guest's data and no other table may be written over.
 
 Which kinds are looked after is QEMU's option `overlap-check` (options.py). All but one are known
-without reading anything: the header, the L1 table and the L2 tables that it names, the refcount
-table and the blocks that it names, the snapshot table, the snapshots' L1 tables, the bitmap
-directory and with it, unlike QEMU, the bitmaps' tables. The L2 tables of snapshots are read once,
-and again when the snapshots change.
+without reading anything: the header (and with it the encryption header), the L1 table and the L2
+tables that it names, the refcount table and the blocks that it names, the snapshot table, the
+snapshots' L1 tables, the bitmap directory and with it, unlike QEMU, the bitmaps' tables. The L2
+tables of snapshots are read once, and again when the snapshots change.
 
 The clusters stand in a sorted array, so a question is one bisection, whatever the size of the
 image: 8 bytes for each entry of the L1 and the refcount table, whose sizes are bounded (layout.py).
@@ -202,7 +202,8 @@ class MetadataPlaces:
         """(offset, length) of the tables of a kind that isn't named by another table's entries."""
         header, snapshots = self._header.header, self._header.snapshots
         if kind is Structure.MAIN_HEADER:
-            return [(0, self._layout.cluster_size)]
+            crypto = header.crypto_area
+            return [(0, self._layout.cluster_size), *([crypto] if crypto is not None else ())]
         if kind is Structure.ACTIVE_L1:
             return [_range(self._writer.l1)]
         if kind is Structure.REFCOUNT_TABLE:

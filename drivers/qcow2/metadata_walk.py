@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts what names each host cluster: everything but the refcounts themselves is walked.
 
-What is counted: the header, the active L1 table, each snapshot's L1 table, the L2 tables that they
-name, data and compressed clusters, the snapshot table, the bitmap directory, tables and data; last
-the refcount table and its blocks.
+What is counted: the header, the encryption header, the active L1 table, each snapshot's L1 table,
+the L2 tables that they name, data and compressed clusters, the snapshot table, the bitmap
+directory, tables and data; last the refcount table and its blocks.
 
 A table that several L1 tables share (snapshots do) is read once and counted with a weight, so the
 walk costs what the file holds, not what the snapshots multiply it to. That also bounds a hostile
@@ -114,6 +114,8 @@ class MetadataWalk:
         """Count all but the refcount structures. Raises: ImageError; OSError for a list."""
         header = self._header
         self._refer(0, self._size, "the header")
+        if header.crypto_area is not None:
+            self._refer(*header.crypto_area, "the encryption header")
         await self._l1_table(
             header.l1_table_offset, header.l1_size, "the L1 table", active=1, weight=1
         )

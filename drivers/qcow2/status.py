@@ -31,6 +31,8 @@ async def block_status(image: Image, offset: int, length: int) -> BlockStatus:
             break
         covered += following.length
     status = _describe(image, first, offset, covered)
+    if image.encryption is not None:
+        return status._replace(host_offset=None, file=None)
     if first.kind is not Kind.DATA:
         return status
     if image.preallocated is None:

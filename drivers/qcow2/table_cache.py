@@ -13,6 +13,10 @@ It works from a *capture*: the bytes of all that is dirty at one moment, taken w
 slice that is changed again while its capture is on the way to the disk is simply dirty again. So
 no update can slip out in the wake of an older one with its own conditions unmet.
 
+While the cache has room, a miss in an L2 table reads what lies around the slice, too, up to 64 KiB:
+that costs little more than the slice, and a disk that is being read for the first time meets 15
+misses less. A full cache reads slices, since what it would throw out for them is wanted.
+
 Eviction takes the least recently used clean slice. If there is none among the oldest, it asks for
 a write-back first, in the proper order.
 
@@ -109,8 +113,12 @@ class TableCache:
         slice_bytes: int,
         bytes_max: int,
         write_back: Callable[[], Awaitable[None]],
+        ahead_bytes: int = 0,
     ) -> None:
+        """`ahead_bytes`: while there is room, a miss loads all slices of an aligned range of so
+        many bytes, no longer than a table, instead of one slice."""
         self.slice_bytes = slice_bytes
+        self._ahead_bytes = max(ahead_bytes, slice_bytes)
         self.slices: OrderedDict[int, Slice] = OrderedDict()
         """For look-ups that must not suspend; whoever uses it calls `touch` on a hit."""
         self._file = file
@@ -154,21 +162,54 @@ class TableCache:
             if under_way is None:
                 break
             await under_way
-        done = self._loading[offset] = Future()
+        loaded = self._alone_or_ahead(offset)
+        done: Future[None] = Future()
+        self._loading.update(dict.fromkeys(loaded, done))
         try:
-            await self._make_room()
-            while True:
-                data = bytearray(self.slice_bytes)
-                self._stale.discard(offset)
-                await self._file.read(offset, memoryview(data))
-                if offset not in self._stale:
-                    break
-            found = self.slices[offset] = self._slice_from(offset, data)
-            return found
+            if len(loaded) == 1:
+                await self._make_room()
+            await self._read(loaded, offset)
+            self.slices.move_to_end(offset)
+            return self.slices[offset]
         finally:
-            del self._loading[offset]
-            self._stale.discard(offset)
+            for start in loaded:
+                del self._loading[start]
+                self._stale.discard(start)
             done.set_result(None)
+
+    def _alone_or_ahead(self, offset: int) -> range:
+        """The slices to load when that at `offset` is wanted: it and those around it that aren't
+        here, as far as they fit into the cache as it is; else it alone."""
+        step = self.slice_bytes
+        start, end = offset, offset + step
+        first = offset - offset % self._ahead_bytes
+        last = first + self._ahead_bytes
+        room = self._slices_max - len(self.slices) - len(self._loading) - 1
+        while end < last and room > 0 and not self._is_here(end):
+            end, room = end + step, room - 1
+        while start > first and room > 0 and not self._is_here(start - step):
+            start, room = start - step, room - 1
+        return range(start, end, step)
+
+    def _is_here(self, offset: int) -> bool:
+        return offset in self.slices or offset in self._loading
+
+    async def _read(self, offsets: range, wanted: int) -> None:
+        """Load neighbouring slices by one read. One that is dropped meanwhile isn't entered; the
+        one that is `wanted` is read again."""
+        step = self.slice_bytes
+        data = bytearray(len(offsets) * step)
+        await self._file.read(offsets[0], memoryview(data))
+        for start in offsets:
+            if start not in self._stale:
+                at = start - offsets[0]
+                self.slices[start] = self._slice_from(start, data[at : at + step])
+        while wanted not in self.slices:
+            self._stale.discard(wanted)
+            data = bytearray(step)
+            await self._file.read(wanted, memoryview(data))
+            if wanted not in self._stale:
+                self.slices[wanted] = self._slice_from(wanted, data)
 
     async def insert_zeroed(self, offset: int) -> Slice:
         """The slice at `offset` of a table that is known to hold zeroes; nothing is read.

@@ -212,7 +212,9 @@ class QemuStorageDaemon(ServerProcess):
         direct: bool = False,
         read_only: bool = False,
         iothread: bool = True,
+        format_options: str = "",
     ) -> None:
+        """`format_options`: more of the format node's, `key=value,...`."""
         cache = f"cache.direct={'on' if direct else 'off'}"
         access = f"read-only={'on' if read_only else 'off'}"
         command = ["qemu-storage-daemon", "--object", "iothread,id=io0"]
@@ -220,7 +222,9 @@ class QemuStorageDaemon(ServerProcess):
             "--blockdev",
             f"file,node-name=proto,filename={image},aio={aio},{cache},{access},discard=unmap",
         ]
-        command += ["--blockdev", f"{fmt},node-name=disk,file=proto,{cache},{access},discard=unmap"]
+        more = f",{format_options}" if format_options else ""
+        node = f"{fmt},node-name=disk,file=proto,{cache},{access},discard=unmap{more}"
+        command += ["--blockdev", node]
         command += ["--nbd-server", f"addr.type=unix,addr.path={socket_path},max-connections=0"]
         writable = f"writable={'off' if read_only else 'on'}"
         thread = ",iothread=io0,fixed-iothread=on" if iothread else ""

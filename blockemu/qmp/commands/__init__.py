@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from blockemu.qmp.command import Command
-from blockemu.qmp.commands import bitmap, block, export, iothread, monitor
+from blockemu.qmp.commands import bitmap, block, export, iothread, monitor, objects
 
-_MODULES = (monitor, block, bitmap, export, iothread)
+_MODULES = (monitor, block, bitmap, export, iothread, objects)
 
 COMMANDS: Mapping[str, Command] = MappingProxyType(
     {command.name: command for module in _MODULES for command in module.COMMANDS}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import allocation, img_tools, iothreads, isolation_report
+from benchmarks import allocation, img_tools, iothreads, isolation_report, l2_cache
 from benchmarks.contestants import OURS
 from benchmarks.iothreads import BOTH, FIRST, SECOND, TWO_DAEMONS
 from benchmarks.isolation import TURNS
@@ -182,3 +182,18 @@ def test_img_opening_is_judged_without_the_start_of_python() -> None:
     assert (time.found, time.reached, memory.reached) == ("80 ms", True, True)
     time, _ = img_tools.judge_img([img(opening, OURS, 160), start])
     assert not time.reached
+
+
+def found(server: str, iops: float, turn: int = 0) -> l2_cache.Sample:
+    """One measurement of reads all over a large image."""
+    return l2_cache.Sample("1 MiB", server, turn, iops, 20)
+
+
+def test_finding_clusters_costs_what_the_best_peer_of_the_round_does_not() -> None:
+    samples = [found(OURS, 100), found("qsd-threads", 110), found("qsd-io_uring", 90)]
+    samples += [found(OURS, 100, 1), found("qsd-threads", 80, 1)]
+    assert l2_cache.costs(samples, "1 MiB") == [1.1, 0.8]
+    assert l2_cache.costs(samples, "128 MiB") == []
+    [verdict] = l2_cache.judge_l2_cache(samples)
+    assert verdict.reached
+    assert "0.90x" in text_section(l2_cache.l2_cache_section([found(OURS, 90), found("qsd", 100)]))

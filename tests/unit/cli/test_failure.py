@@ -80,7 +80,7 @@ def test_serve_on_port_in_use_is_one_line(raw: str, capfd: pytest.CaptureFixture
         ("x.raw", "x.raw: a new image needs a size"),
         ("x.raw 12x", "x.raw: '12x' is not a size"),
         ("x.raw 1M -o size=2M", "x.raw: the size is given twice"),
-        ("-f vmdk x 1M", "x: can't create format 'vmdk'; known: qcow2, raw"),
+        ("-f vmdk x 1M", "x: can't create format 'vmdk'; known: luks, qcow2, raw"),
         ("-o nope=1 x 1M", "x: format raw has no option 'nope'"),
         ("-o preallocation=metadata x 1M", "x: format raw has no preallocation 'metadata'"),
         ("-o preallocation x 1M", "x: option 'preallocation' needs a value"),

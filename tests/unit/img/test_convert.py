@@ -217,7 +217,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("none x", "none: No such file or directory"),
         ("-f vmdk disk.raw x", "disk.raw: there is no image format 'vmdk'"),
         ("-f qcow2 disk.raw x", "disk.raw: not a qcow2 image"),
-        ("-O vmdk disk.raw x", "x: can't create format 'vmdk'; known: qcow2, raw"),
+        ("-O vmdk disk.raw x", "x: can't create format 'vmdk'; known: luks, qcow2, raw"),
         ("over.qcow2 x", "over.qcow2: names another file, 'disk.raw'"),
         ("disk.raw none/x", "none/x: No such file or directory"),
         ("disk.raw disk.raw", "disk.raw: is in use"),

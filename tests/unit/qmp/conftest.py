@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from blockemu.drivers.crypto.offload import in_place
+from blockemu.drivers.crypto.secrets import SecretTable
 from blockemu.loop.aio_context import AioContext
 from blockemu.qmp.server import QmpServer
 from tests.unit.qmp.qmp_client import LoopClient
@@ -26,7 +28,12 @@ def ctx() -> Iterator[AioContext]:
 
 @pytest.fixture
 def daemon() -> Any:
-    stub = SimpleNamespace(exports=[], iothreads={}, opener=SimpleNamespace(nodes={}), stop_count=0)
+    stub = SimpleNamespace(
+        exports=[],
+        iothreads={},
+        opener=SimpleNamespace(nodes={}, secrets=SecretTable(), offload=in_place),
+        stop_count=0,
+    )
 
     def stop() -> None:
         stub.stop_count += 1

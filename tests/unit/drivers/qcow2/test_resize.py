@@ -132,10 +132,10 @@ def test_growth_that_finds_no_space_leaves_the_old_disk_and_keeps_none(
         image.fault = fault
         try:
             disk.ctx.run(disk.node.truncate(2 * MIB, preallocation="full"))
-        except OSError as error:
-            assert error.errno == errno.ENOSPC
-        else:
             break
+        except OSError as error:
+            code = error.errno
+        assert code == errno.ENOSPC
         image.fault = None
         assert disk.node.length_bytes == 300 * KIB
         assert disk.read(0, 300 * KIB) == b"x" * 300 * KIB

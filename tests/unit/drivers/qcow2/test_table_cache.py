@@ -19,7 +19,7 @@ SLICES = 64
 
 
 class Fixture:
-    def __init__(self, images: Images, slices: int) -> None:
+    def __init__(self, images: Images, slices: int, *, ahead_bytes: int = 0) -> None:
         words = [index * 3 for index in range(SLICES * SLICE // 8)]
         self.image = images.files.add("file", struct.pack(f">{len(words)}Q", *words))
         self.ctx = images.ctx
@@ -31,7 +31,7 @@ class Fixture:
         self.writes_back = 0
         self.cache = TableCache(
             self.file, typecode="Q", slice_bytes=SLICE, bytes_max=slices * SLICE,
-            write_back=self.write_back,
+            write_back=self.write_back, ahead_bytes=ahead_bytes,
         )  # fmt: skip
 
     async def write_back(self) -> None:
@@ -134,3 +134,54 @@ def test_slice_dropped_while_it_is_read_is_read_again(images: Images) -> None:
         found.ctx.poll(blocking=True)
     assert task.result().words[1] == 3
     assert len(found.image.operations("read")) == 2
+
+
+def reads(found: Fixture) -> list[tuple[int, int]]:
+    """What was read of the file, in slices: first, how many."""
+    return [
+        (operation.offset // SLICE, operation.length // SLICE)
+        for operation in found.image.operations("read")
+    ]
+
+
+def test_miss_loads_what_is_around_it_while_there_is_room(images: Images) -> None:
+    found = Fixture(images, 12, ahead_bytes=8 * SLICE)
+    for index in (3, 0, 7, 9):
+        loaded = found.ctx.run(found.cache.load(index * SLICE))
+        assert loaded.words[1] == (index * SLICE // 8 + 1) * 3
+    assert reads(found) == [(0, 8), (9, 4)], "the whole range, then what the bound left room for"
+    found.ctx.run(found.cache.load(20 * SLICE))
+    assert reads(found)[2:] == [(20, 1)]
+    assert found.cache.bytes_used <= found.cache.bytes_max
+
+
+def test_slices_that_are_here_are_not_loaded_again(images: Images) -> None:
+    found = Fixture(images, 32, ahead_bytes=8 * SLICE)
+    changed = found.ctx.run(found.cache.insert_zeroed(2 * SLICE))
+    changed.words[0] = 77
+    found.cache.mark_dirty(changed, 0)
+    found.ctx.run(found.cache.load(4 * SLICE))
+    assert reads(found) == [(3, 5)]
+    assert found.ctx.run(found.cache.load(2 * SLICE)).words[0] == 77
+
+
+def test_slice_dropped_while_it_is_read_ahead_is_not_kept(images: Images) -> None:
+    found = Fixture(images, 32, ahead_bytes=8 * SLICE)
+
+    def drop(kind: str, offset: int, length: int) -> int:
+        found.cache.drop(5 * SLICE, SLICE)
+        return 0
+
+    found.image.fault = drop
+    found.ctx.run(found.cache.load(SLICE))
+    found.image.fault = None
+    assert 5 * SLICE not in found.cache.slices
+    assert 6 * SLICE in found.cache.slices
+
+
+def test_two_that_want_neighbours_wait_for_one_read(images: Images) -> None:
+    found = Fixture(images, 32, ahead_bytes=8 * SLICE)
+    found.image.latency_ns = lambda kind, offset, length: 1000
+    one, two = found.ctx.run(gather(found.cache.load(0), found.cache.load(SLICE)))
+    assert (one.words[0], two.words[0]) == (0, SLICE // 8 * 3)
+    assert reads(found) == [(0, 8)]
