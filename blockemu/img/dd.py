@@ -16,6 +16,7 @@ from blockemu.drivers.options import parse_size
 from blockemu.drivers.sector import sectors_up
 from blockemu.img.convert import ConvertRequest, convert_opened
 from blockemu.img.session import open_window, run_session
+from blockemu.loop.host_file import PosixFiles
 
 if TYPE_CHECKING:
     from blockemu.drivers.registry import Opener
@@ -124,4 +125,4 @@ def copy_part(request: DdRequest) -> None:
         ) as source:
             await convert_opened(opener, conversion, [source], lambda done, total: None)
 
-    run_session(work)
+    run_session(work, files=PosixFiles(bulk=True))

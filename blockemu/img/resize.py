@@ -17,7 +17,10 @@ from blockemu.img.session import open_image, run_session
 if TYPE_CHECKING:
     from blockemu.drivers.registry import Opener
 
-_OF_FORMAT: Final = {"raw": ("off", "falloc", "full"), "qcow2": ("off",)}
+_OF_FORMAT: Final = {
+    "raw": ("off", "falloc", "full"),
+    "qcow2": ("off", "metadata", "falloc", "full"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

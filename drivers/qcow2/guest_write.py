@@ -22,7 +22,7 @@ from blockemu.drivers.qcow2.metadata_writer import MetadataWriter, Reference
 from blockemu.loop.sync import Mutex, gather
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
     from typing import Any
 
     from blockemu.drivers.qcow2.guest_data import GuestData
@@ -219,6 +219,36 @@ class GuestWriter:
         self._clusters.set_entries(found, cluster % self._clusters.slice_entries, entries)
         extent = Extent(Kind.DATA, length, host, writable=True)
         self._reader.publish(extent, cluster << self._bits)
+
+    # --- preallocation ---
+
+    async def give_places(
+        self, first: int, last: int, prepare: Callable[[Target], Awaitable[None]]
+    ) -> None:
+        """Give host clusters to those of guest clusters `[first, last)` that have none of their
+        own. The caller holds them, and they have no data that anybody wants.
+
+        `prepare` makes a target read as zeroes before an entry names it.
+        Suspends: for I/O, and while the writer flushes. Raises: OSError; part may be done then.
+        """
+        while first < last:
+            extent = await self._clusters.resolve(first << self._bits, (last - first) << self._bits)
+            if extent.writable:
+                first += max(extent.length >> self._bits, 1)
+                continue
+            if self._writer.wants_flush:
+                await self._writer.flush()
+            async with self._mutex:
+                target = await self._take(first, last - first)
+            try:
+                await prepare(target)
+                await GuestWriter._link(self, first, target)  # subclusters: a place, no more
+            except BaseException:
+                if target.taken:
+                    async with self._mutex:
+                        await self._refcounts.release(Reference(target.first, target.clusters))
+                raise
+            first += target.clusters
 
     # --- the data ---
 

@@ -3,9 +3,10 @@
 
 **Larger.** What is new must read as zeroes: the rest of the last cluster, which may hold anything,
 what a longer backing file would show there, and a machine state of QEMU's behind the disk's end (it
-lies there in L1 entries of its own, once QEMU has gone to a snapshot that has one). All are zeroed
-first; then the L1 table moves if it has too few entries, its new place complete before the header
-names it; the size comes last. A crash on the way leaves the old disk.
+lies there in L1 entries of its own, once QEMU has gone to a snapshot that has one). The L1 table
+moves if it has too few entries, its new place complete before the header names it; then all are
+zeroed, and preallocated if that is asked for (`preallocate.py`); the size comes last. A crash on
+the way leaves the old disk.
 
 **Smaller.** The clusters behind the new end are let go of, a machine state included, and so are L2
 tables that map nothing else; the size changes when that is durable. So a disk that grows again
@@ -18,6 +19,7 @@ one has all that is new mapped, as all the rest.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from array import array
 from typing import TYPE_CHECKING
@@ -26,6 +28,7 @@ from blockemu.drivers.errors import io_error
 from blockemu.drivers.qcow2.data_clusters import DataFileWriter
 from blockemu.drivers.qcow2.layout import L1_BYTES_MAX, OFFSET_MASK, SECTOR, div_up
 from blockemu.drivers.qcow2.metadata_writer import Reference
+from blockemu.drivers.qcow2.preallocate import give_zeroes, preallocate
 from blockemu.drivers.qcow2.root_table import ENTRY_BYTES
 from blockemu.drivers.qcow2.table_cache import disk_bytes
 
@@ -36,13 +39,17 @@ if TYPE_CHECKING:
 async def resize(image: Image, length: int, *, preallocation: str) -> None:
     """Make the disk `length` bytes long. Nobody uses what is behind that.
 
-    Raises: OSError (EINVAL: no whole sectors; ENOTSUP: with preallocation; EFBIG: the format's
-    limit).
+    `preallocation`: of what is new (preallocate.py); "off" for a disk that doesn't grow.
+    Raises: OSError (EINVAL: no whole sectors; ENOTSUP: preallocation for a smaller or an encrypted
+    disk; EFBIG: the format's limit).
     """
     if length % SECTOR:
         raise io_error(errno.EINVAL, f"{image.name}: {length} is no multiple of {SECTOR}")
-    if preallocation != "off":
-        raise io_error(errno.ENOTSUP, f"{image.name}: preallocation on resize")
+    if preallocation != "off" and image.header.crypt_method:
+        # Host clusters of zeroes are none to its guest.
+        raise io_error(errno.ENOTSUP, f"{image.name}: preallocation when an encrypted disk grows")
+    if preallocation != "off" and length < image.guest_writer.disk_bytes:
+        raise io_error(errno.ENOTSUP, f"{image.name}: preallocation for a smaller disk")
     if length == image.guest_writer.disk_bytes:
         return
     if image.header.version == 2 and image.header.nb_snapshots:
@@ -51,7 +58,7 @@ async def resize(image: Image, length: int, *, preallocation: str) -> None:
     if length < image.guest_writer.disk_bytes:
         await _shrink(image, length)
     else:
-        await _grow(image, length)
+        await _grow(image, length, preallocation)
 
 
 async def _shrink(image: Image, length: int) -> None:
@@ -91,7 +98,7 @@ def _forget_l2_tables(image: Image, first: int) -> None:
             image.writer.let_go(Reference(table >> image.layout.cluster_bits, 1, is_table=True))
 
 
-async def _grow(image: Image, length: int) -> None:
+async def _grow(image: Image, length: int, preallocation: str) -> None:
     old = image.guest_writer.disk_bytes
     last = div_up(length, image.layout.cluster_size) - 1
     held = await image.locks.exclusive(0, last)
@@ -102,8 +109,13 @@ async def _grow(image: Image, length: int) -> None:
             if image.data_file is not None:
                 await image.data_file.set_disk_bytes(length)
             image.guest_writer.disk_bytes = length
-            await _zero_new(image, old, length)
-            await image.flush()
+            try:
+                await _zero_new(image, old, length, preallocation)
+                await image.flush()
+            except OSError:
+                if preallocation != "off":
+                    await _give_back(image, old, length)
+                raise
             await image.header_file.set_size(length)
         except BaseException:
             image.guest_writer.disk_bytes = old
@@ -115,25 +127,38 @@ async def _grow(image: Image, length: int) -> None:
         image.locks.release(held)
 
 
-async def _zero_new(image: Image, old: int, new: int) -> None:
-    """Zeroes where the old disk's last cluster, or the backing file, would show through."""
+async def _zero_new(image: Image, old: int, new: int, preallocation: str) -> None:
+    """Zeroes where the old disk's last cluster, or the backing file, would show through, and
+    host clusters where they are asked for."""
     cluster_end = min(div_up(old, image.layout.cluster_size) * image.layout.cluster_size, new)
     if cluster_end > old:
         await image.guest_writer.write(old, memoryview(bytes(cluster_end - old)))
     if image.data_file is not None and image.data_file.is_raw:
         assert isinstance(image.guest_writer, DataFileWriter)
-        await image.data_file.write_zeroes(cluster_end, new - cluster_end, may_unmap=True)
+        await give_zeroes(image.data_file, cluster_end, new, preallocation)
         size = image.layout.cluster_size
         await image.guest_writer.map_all(div_up(cluster_end, size), div_up(new, size))
-    backing = image.reader.backing
-    if backing is not None and backing.length_bytes > cluster_end:
-        end = min(new, backing.length_bytes)
-        await image.eraser.zero(cluster_end, end - cluster_end, may_unmap=True)
     covered = 1 << (image.layout.cluster_bits + image.layout.l2_bits)
     for index in range(image.layout.l1_entries(old), image.layout.l1_entries(new)):
         if image.l1.words[index]:
             end = min((index + 1) * covered, new)
             await image.eraser.zero(index * covered, end - index * covered, may_unmap=True)
+    if preallocation != "off":
+        await preallocate(image, cluster_end, new, preallocation)
+        if not image.layout.extended_l2:
+            return  # host clusters hide the backing file; without a subcluster they don't
+    backing = image.reader.backing
+    if backing is not None and backing.length_bytes > cluster_end:
+        end = min(new, backing.length_bytes)
+        unmap = preallocation == "off"
+        await image.eraser.zero(cluster_end, end - cluster_end, may_unmap=unmap)
+
+
+async def _give_back(image: Image, old: int, new: int) -> None:
+    """The space that a disk took which then couldn't grow, as far as can be."""
+    size = image.layout.cluster_size
+    with contextlib.suppress(OSError):  # what failed is of more interest
+        await image.eraser.forget(div_up(old, size), div_up(new, size))
 
 
 async def _grow_l1(image: Image, entries: int) -> None:

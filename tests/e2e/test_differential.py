@@ -87,6 +87,12 @@ VARIANTS = {
     "raw-data-file-direct": Variant(
         4 * MIB + 512, 64 * KIB, {"data_file": "top.data", "data_file_raw": "on"}, cache="direct"
     ),
+    "subclusters-in-a-data-file": Variant(
+        4 * MIB + 512,
+        16 * KIB,
+        {"data_file": "top.data", "extended_l2": "on"},
+        backing=(("raw", 3 * MIB),),
+    ),
 }
 
 

@@ -28,6 +28,10 @@ from tests.unit.img.side_by_side import our_output, ours, theirs
 
 DISK_BYTES = 2 * 1024 * 1024 + 512
 STEPS = 25
+LAYOUTS = (
+    "cluster_size=512", "cluster_size=4096", "cluster_size=65536",
+    "cluster_size=16384,extended_l2=on", "cluster_size=65536,extended_l2=on",
+)  # fmt: skip
 KINDS = ("write -P {fill}", "write -P {fill}", "write -z", "write -z -u", "discard")
 
 
@@ -44,9 +48,9 @@ def raw(request: pytest.FixtureRequest) -> bool:
     return found
 
 
-def options(name: str, *, raw: bool, cluster_size: int = 65536, **more: str) -> list[str]:
-    text = f"data_file={name}.data,data_file_raw={'on' if raw else 'off'}"
-    text += f",cluster_size={cluster_size}" + "".join(f",{key}={more[key]}" for key in more)
+def options(name: str, *, raw: bool, layout: str = "cluster_size=65536", **more: str) -> list[str]:
+    text = f"data_file={name}.data,data_file_raw={'on' if raw else 'off'},{layout}"
+    text += "".join(f",{key}={more[key]}" for key in more)
     return ["-f", "qcow2", "-o", text]
 
 
@@ -93,13 +97,13 @@ def assert_same_answers(path: Path, *, raw: bool) -> None:
         assert our_output("map", "-f", "qcow2", path.name) == human
 
 
-@pytest.mark.parametrize("cluster_size", [512, 4096, 65536])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_image_of_qemus_making_is_the_same_to_us(
-    tmp_path: Path, seed: int, raw: bool, cluster_size: int
+    tmp_path: Path, seed: int, raw: bool, layout: str
 ) -> None:
-    rng = random.Random(f"{seed} {raw} {cluster_size}")
+    rng = random.Random(f"{seed} {raw} {layout}")
     path = tmp_path / "disk"
-    run_tool(["qemu-img", "create", "-q", *options("disk", raw=raw, cluster_size=cluster_size),
+    run_tool(["qemu-img", "create", "-q", *options("disk", raw=raw, layout=layout),
               path, str(DISK_BYTES)])  # fmt: skip
     scribble(path, rng)
     assert_same_answers(path, raw=raw)
@@ -107,12 +111,12 @@ def test_image_of_qemus_making_is_the_same_to_us(
     QemuImg.compare(path, tmp_path / "copy.raw", one_fmt="qcow2")
 
 
-@pytest.mark.parametrize("cluster_size", [512, 4096, 65536])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_image_of_our_making_is_the_same_to_qemu(
-    tmp_path: Path, seed: int, raw: bool, cluster_size: int
+    tmp_path: Path, seed: int, raw: bool, layout: str
 ) -> None:
-    rng = random.Random(f"{seed} {raw} {cluster_size}")
-    made = options("disk", raw=raw, cluster_size=cluster_size)
+    rng = random.Random(f"{seed} {raw} {layout}")
+    made = options("disk", raw=raw, layout=layout)
     said = our_output("create", *made, "disk", str(DISK_BYTES))
     assert said == run_tool(["qemu-img", "create", *made, "disk", str(DISK_BYTES)]).stdout
     facts = [QemuImg.info(tmp_path / "disk")]
@@ -127,20 +131,24 @@ def test_image_of_our_making_is_the_same_to_qemu(
 
 
 @pytest.mark.parametrize("preallocation", ["metadata", "falloc", "full"])
+@pytest.mark.parametrize("layout", LAYOUTS[2:])
 def test_preallocated_image_is_the_same_to_qemu(
-    tmp_path: Path, raw: bool, preallocation: str
+    tmp_path: Path, raw: bool, preallocation: str, layout: str
 ) -> None:
-    made = options("disk", raw=raw, preallocation=preallocation)
+    made = options("disk", raw=raw, preallocation=preallocation, layout=layout)
     our_output("create", "-q", *made, "disk", str(DISK_BYTES))
     assert_same_answers(tmp_path / "disk", raw=raw)
     given = (tmp_path / "disk.data").stat().st_blocks * 512
     assert (given >= DISK_BYTES) == (preallocation != "metadata")
 
 
-def test_copies_to_and_from_a_data_file_are_identical(tmp_path: Path, seed: int, raw: bool) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS[2:4])
+def test_copies_to_and_from_a_data_file_are_identical(
+    tmp_path: Path, seed: int, raw: bool, layout: str
+) -> None:
     source = QemuImg.create(tmp_path / "source", DISK_BYTES)
     scribble(source, random.Random(f"{seed} {raw}"))
-    target = ["-f", "qcow2", "-O", "qcow2", *options("copy", raw=raw)[2:]]
+    target = ["-f", "qcow2", "-O", "qcow2", *options("copy", raw=raw, layout=layout)[2:]]
     our_output("convert", *target, source, "copy")
     QemuImg.compare(source, tmp_path / "copy", one_fmt="qcow2", other_fmt="qcow2")
     assert QemuImg.check(tmp_path / "copy")[:3] == (0, 0, 0)
@@ -150,13 +158,17 @@ def test_copies_to_and_from_a_data_file_are_identical(tmp_path: Path, seed: int,
     sizes = ["measure", "-O", "qcow2", "-f", "qcow2", "copy"]
     if not raw:  # of a raw one's holes we know that they are zeroes
         assert our_output(*sizes) == theirs(*sizes).out
-    new = ["measure", "-O", "qcow2", *options("new", raw=raw)[2:], "--size", "1G"]
+    new = ["measure", "-O", "qcow2", *options("new", raw=raw, layout=layout)[2:], "--size", "1G"]
     assert our_output(*new) == theirs(*new).out
 
 
 @pytest.mark.parametrize("length", [1 << 20, 5 << 20])
-def test_resized_image_is_the_same_to_qemu(tmp_path: Path, raw: bool, length: int) -> None:
-    our_output("create", "-q", *options("disk", raw=raw), "disk", str(DISK_BYTES))
+@pytest.mark.parametrize("layout", LAYOUTS[2:4])
+def test_resized_image_is_the_same_to_qemu(
+    tmp_path: Path, raw: bool, length: int, layout: str
+) -> None:
+    made = options("disk", raw=raw, layout=layout)
+    our_output("create", "-q", *made, "disk", str(DISK_BYTES))
     QemuIo(tmp_path / "disk", fmt="qcow2").run(f"write -P 7 0 {DISK_BYTES}")
     our_output("resize", "-q", "-f", "qcow2", "--shrink", "disk", str(length))
     assert_same_answers(tmp_path / "disk", raw=raw)

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.img.side_by_side import Animal, held_by_qemu, ours, random_bytes, theirs
+from tests.peers.qemu import QemuImg, QemuIo
+from tests.unit.img.side_by_side import (
+    Animal,
+    held_by_qemu,
+    our_output,
+    ours,
+    random_bytes,
+    theirs,
+)
 
 SIZES = ["+1M", "+512", "3M", "1.5G", "--shrink -512", "--shrink 64k", "--shrink -1M", "2M"]
 
@@ -59,6 +67,64 @@ def test_raw_image_grows_with_preallocation(
     assert (path.stat().st_size, path.stat().st_blocks) == (1 << 20, blocks)
 
 
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "cluster_size=64k",
+        "cluster_size=512",
+        "cluster_size=64k,compat=0.10",
+        "extended_l2=on",
+        "data_file={}",
+        "data_file={},data_file_raw=on",
+        "data_file={},extended_l2=on",
+        "data_file={},extended_l2=on,data_file_raw=on",
+    ],
+)
+def test_qcow2_image_grows_with_preallocation_as_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, mode: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["resize", "-q", "-f", "qcow2", "--preallocation", mode]
+    for run, name in ((our_output, "ours"), (theirs, "theirs")):
+        made = options.format(f"{name}.data")
+        theirs("create", "-q", "-f", "qcow2", "-o", made, name, "1000k")
+        QemuIo(tmp_path / name, fmt="qcow2").run("write -P 5 900k 90k")
+        run(*words, name, "3M")
+        assert QemuImg.check(tmp_path / name)[:3] == (0, 0, 0)
+        if mode != "metadata":
+            data = tmp_path / (f"{name}.data" if "data_file" in options else name)
+            assert data.stat().st_blocks * 512 >= 2 << 20
+    QemuImg.compare(tmp_path / "ours", tmp_path / "theirs", one_fmt="qcow2", other_fmt="qcow2")
+    if "raw" in options:  # all of ours is mapped, subclusters too: drivers/qcow2/data_file.py
+        assert all(present("ours")[2048:])
+    else:  # of the old disk's last cluster, we make the rest zeroes
+        assert present("ours")[2048:] == present("theirs")[2048:]
+
+
+def present(name: str) -> list[bool]:
+    """By the sector: whether it is in the image, to QEMU."""
+    found = []
+    for entry in json.loads(theirs("map", "--output=json", "-f", "qcow2", name).out):
+        found += [entry["present"]] * (entry["length"] // 512)
+    return found
+
+
+@pytest.mark.parametrize("options", ["cluster_size=4k", "compat=0.10", "extended_l2=on"])
+def test_longer_backing_file_does_not_show_in_what_is_preallocated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("base").write_bytes(random_bytes(9, 2 << 20))
+    theirs("create", "-q", "-f", "qcow2", "-o", options, "-b", "base", "-F", "raw", "top", "1M")
+    our_output("resize", "-q", "-f", "qcow2", "--preallocation=metadata", "top", "3M")
+    QemuIo(tmp_path / "top", fmt="qcow2").run("read -P 0 1M 2M")
+    base = Path("base").read_bytes()
+    our_output("convert", "-f", "qcow2", "-O", "raw", "top", "copy")
+    assert Path("copy").read_bytes() == base[: 1 << 20] + bytes(2 << 20)
+    assert QemuImg.check(tmp_path / "top")[:3] == (0, 0, 0)
+
+
 def test_odd_raw_image_counts_as_whole_sectors(
     zoo: dict[str, Animal], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,7 +147,7 @@ def test_odd_raw_image_counts_as_whole_sectors(
         ("--shrink x.raw 0", "x.raw: a new size of 0 bytes is too small"),
         ("--shrink --preallocation full x.raw 1k", "x.raw: --preallocation is for growing"),
         ("--preallocation metadata x.raw 2M", "x.raw: a raw image can't grow with prealloc"),
-        ("--preallocation full x.qcow2 2M", "x.qcow2: a qcow2 image can't grow with prealloc"),
+        ("--preallocation full --shrink x.qcow2 64k", "x.qcow2: --preallocation is for growing"),
         ("x.qcow2 +100", "x.qcow2: Invalid argument (x.qcow2: 1048676 is no multiple of 512)"),
         ("x.qcow2 1E", "x.qcow2: File too large"),
     ],

@@ -157,13 +157,12 @@ class Checker:
                 self._check_copied(entry, "L1 entry", active=active)
                 table = self._l2(entry & OFFSET)
                 for guest, (word, bitmap) in enumerate(table, index * len(table)):
-                    if self.data is not None:
-                        own = (guest << self.bits) | COPIED
-                        if word not in (0, 1, own, own | 1):
-                            self.corruptions.append(f"guest cluster {guest}: {word:#x}")
-                        continue
                     self._check_bitmap(word, bitmap)
-                    if word & COMPRESSED:
+                    if self.data is not None:
+                        own, zero = (guest << self.bits) | COPIED, 0 if self.extended else 1
+                        if word not in (0, zero, own, own | zero):
+                            self.corruptions.append(f"guest cluster {guest}: {word:#x}")
+                    elif word & COMPRESSED:
                         self._refer_compressed(word)
                     elif word & OFFSET:
                         self._refer(word & OFFSET, 1, "data")
@@ -178,16 +177,20 @@ class Checker:
         for word in words:
             zero = word & 1 and self.version == 3
             everything = (1 << SUBCLUSTERS) - 1
-            if word & COMPRESSED or not (word & OFFSET or zero):
+            if word & COMPRESSED or not (self._is_placed(word) or zero):
                 found.append((word, 0))
             else:
                 found.append((word, everything << SUBCLUSTERS if zero else everything))
         return found
 
+    def _is_placed(self, word: int) -> bool:
+        """In a data file, guest cluster 0 is placed by COPIED alone."""
+        return bool(word & OFFSET or (self.data is not None and word & COPIED))
+
     def _check_bitmap(self, word: int, bitmap: int) -> None:
         allocated, zero = bitmap & 0xFFFF_FFFF, bitmap >> SUBCLUSTERS
         impossible = bitmap if word & COMPRESSED else allocated & zero
-        if impossible or (allocated and not word & OFFSET):
+        if impossible or (allocated and not self._is_placed(word)):
             self.corruptions.append(f"L2 entry {word:#x}: bitmap {bitmap:#x} is not possible")
 
     def _compressed(self, word: int) -> tuple[int, int]:
@@ -211,12 +214,14 @@ class Checker:
 
     def _show(self, found: bytearray, guest: int, host: int, length: int) -> None:
         length = max(min(length, len(found) - guest), 0)
-        data = bytes(self.image[host : host + length])
+        file = self.image if self.data is None else self.data
+        data = bytes(file[host : host + length])
         found[guest : guest + len(data)] = data
 
-    def read(self) -> bytes:
-        """What the guest sees, the backing file taken for zeroes."""
-        return self._read(self.l1, self.disk_bytes)
+    def read(self, disk_bytes: int | None = None) -> bytes:
+        """What the guest sees, the backing file taken for zeroes; of a disk of `disk_bytes`, if
+        the tables are to be believed behind its end, too."""
+        return self._read(self.l1, self.disk_bytes if disk_bytes is None else disk_bytes)
 
     def snapshot_contents(self) -> dict[str, bytes]:
         """By name: what the guest saw then."""
@@ -247,12 +252,6 @@ class Checker:
                         data = zlib.decompressobj(-12).decompress(packed, self.size)
                         assert len(data) == self.size, f"guest cluster at {guest:#x} is short"
                         found[guest : guest + self.size] = data[: disk_bytes - guest]
-                    elif self.data is not None:
-                        if word & COPIED and not word & 1:
-                            data = bytes(self.data[guest : guest + self.size])
-                            found[guest : guest + self.size] = data[: disk_bytes - guest].ljust(
-                                min(self.size, disk_bytes - guest), b"\0"
-                            )
                     elif bitmap & 0xFFFF_FFFF == 0xFFFF_FFFF:
                         self._show(found, guest, word & OFFSET, self.size)
                     else:

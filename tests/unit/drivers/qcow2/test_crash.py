@@ -216,6 +216,39 @@ def test_power_cut_while_the_disk_grows_leaves_leaks_at_most(
     images.check("image", tmp_path)
 
 
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+@pytest.mark.parametrize(
+    "options", [{"cluster_size": 1024}, {"cluster_size": 16384, "extended_l2": "on"}], ids=str
+)
+def test_power_cut_while_the_disk_grows_with_preallocation_shows_nothing_that_lay_there(
+    images: Images, seed: int, options: dict[str, Any], mode: str, tmp_path: Path
+) -> None:
+    """Host clusters that held something are used again; nor is it there behind the old end."""
+    rng = random.Random(seed)
+    old, new = 512 * KIB, 1024 * KIB
+    images.create("image", old, **options)
+    disk = images.open("image", pass_discard_request=False)
+    disk.write(0, b"\x5a" * old)
+    disk.flush()
+    images.ctx.run(disk.node.pdiscard(0, old // 2))
+    disk.close()
+    recorder = Recorder(images["image"], rng)
+    disk = images.open("image")
+    images.ctx.run(disk.node.truncate(new, preallocation=mode))
+    disk.close()
+    operations = recorder.operations
+    cut_disk = CutDisk(recorder.content, operations, recorder.flush_starts)
+    for cut in range(len(operations) + 1):
+        judged = Checker(cut_disk.after_cut(cut, rng))
+        assert not judged.corruptions, (cut, judged.corruptions[:5])
+        assert judged.disk_bytes in (old, new)
+        content = judged.read(new)
+        assert content[old // 2 : old] == b"\x5a" * (old // 2)
+        assert not any(content[: old // 2])
+        assert not any(content[old:]), cut
+    images.check("image", tmp_path)
+
+
 def test_power_cut_while_the_disk_shrinks_leaves_leaks_at_most(
     images: Images, seed: int, tmp_path: Path
 ) -> None:

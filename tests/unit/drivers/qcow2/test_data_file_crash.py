@@ -22,6 +22,14 @@ ROUNDS = 10
 TASKS = 6
 CUTS = 250
 QEMU_CUTS = 3
+SUBCLUSTERS = {"cluster_size": 16384, "extended_l2": "on"}
+LAYOUTS: list[dict[str, Any]] = [
+    {"cluster_size": 512},
+    {"cluster_size": 4096},
+    {"cluster_size": 16384},
+    SUBCLUSTERS,
+    {**SUBCLUSTERS, "cluster_size": 65536},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -67,14 +75,12 @@ def judge(recorder: TwoFileRecorder, rng: random.Random, *, raw: bool, tmp_path:
 
 
 @pytest.mark.parametrize("raw", [False, True])
-@pytest.mark.parametrize("cluster_size", [512, 4096, 16384])
+@pytest.mark.parametrize("options", LAYOUTS, ids=str)
 def test_power_cut_at_any_point_keeps_what_was_flushed(
-    images: Images, seed: int, cluster_size: int, raw: bool, tmp_path: Path
+    images: Images, seed: int, options: dict[str, Any], raw: bool, tmp_path: Path
 ) -> None:
     rng = random.Random(seed)
-    images.create(
-        "image", DISK_BYTES, cluster_size=cluster_size, data_file="data", data_file_raw=raw
-    )
+    images.create("image", DISK_BYTES, data_file="data", data_file_raw=raw, **options)
     judge(record(images, rng), rng, raw=raw, tmp_path=tmp_path)
 
 
@@ -90,18 +96,21 @@ def test_power_cut_with_caches_of_a_few_slices_keeps_what_was_flushed(
 
 
 @pytest.mark.parametrize("raw", [False, True])
-@pytest.mark.parametrize("target", [50 * KIB, 2048 * KIB])
+@pytest.mark.parametrize(
+    ("target", "mode"), [(50 * KIB, "off"), (2048 * KIB, "off"), (2048 * KIB, "full")]
+)
+@pytest.mark.parametrize("options", [{"cluster_size": 1024}, SUBCLUSTERS], ids=str)
 def test_power_cut_while_the_disk_changes_its_size_leaves_one_or_the_other(
-    images: Images, seed: int, target: int, raw: bool
+    images: Images, seed: int, options: dict[str, Any], target: int, mode: str, raw: bool
 ) -> None:
     rng = random.Random(seed)
-    images.create("image", DISK_BYTES, cluster_size=1024, data_file="data", data_file_raw=raw)
+    images.create("image", DISK_BYTES, data_file="data", data_file_raw=raw, **options)
     disk = images.open("image")
     disk.write(0, b"\x5a" * DISK_BYTES)
     disk.close()
     recorder = TwoFileRecorder(images["image"], images["data"], rng)
     disk = images.open("image")
-    images.ctx.run(disk.node.truncate(target))
+    images.ctx.run(disk.node.truncate(target, preallocation=mode))
     disk.close()
     cut_disk = TwoFileDisk(recorder)
     kept = min(target, DISK_BYTES)
@@ -120,13 +129,14 @@ def test_power_cut_while_the_disk_changes_its_size_leaves_one_or_the_other(
     assert len(images["data"].content) == target
 
 
+@pytest.mark.parametrize("options", [{"cluster_size": 4096}, SUBCLUSTERS], ids=str)
 def test_zeroed_cluster_that_is_written_again_never_shows_what_it_held_before(
-    images: Images, seed: int, tmp_path: Path
+    images: Images, seed: int, options: dict[str, Any], tmp_path: Path
 ) -> None:
     """Its old bytes are still in the data file, so the new ones have to be there before the entry
     says that they are."""
     rng = random.Random(seed)
-    images.create("image", DISK_BYTES, cluster_size=4096, data_file="data")
+    images.create("image", DISK_BYTES, data_file="data", **options)
     recorder = TwoFileRecorder(images["image"], images["data"], rng)
     disk = images.open("image")
     count = 16 * KIB // SECTOR

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 from pathlib import Path
@@ -188,6 +189,18 @@ def test_preallocated_clusters_read_as_zeroes(
     qemu = Qemu(tmp_path, encrypted.save("image", tmp_path))
     qemu.check()
     qemu.compare(wanted)
+
+
+def test_growth_is_refused_with_preallocation_only(encrypted: Images) -> None:
+    """Host clusters of zeroes would be noise to the guest, as they are in QEMU 7.2."""
+    create_luks(encrypted, "image", 64 * KIB)
+    disk = encrypted.open("image", **UNLOCK)
+    with pytest.raises(OSError, match="preallocation when an encrypted disk grows") as caught:
+        disk.ctx.run(disk.node.truncate(1000 * KIB, preallocation="metadata"))
+    assert caught.value.errno == errno.ENOTSUP
+    assert disk.node.length_bytes == 64 * KIB
+    disk.ctx.run(disk.node.truncate(1000 * KIB))
+    assert disk.read(0, 1000 * KIB) == bytes(1000 * KIB)
 
 
 def test_a_disk_that_ends_inside_a_sector(encrypted: Images) -> None:

@@ -63,6 +63,14 @@ FORMATS = st.one_of(
             "data_file_raw": st.booleans(),
         }
     ),
+    st.fixed_dictionaries(
+        {
+            "cluster_size": st.sampled_from([16384, 65536]),
+            "extended_l2": st.just("on"),
+            "data_file": st.just("data"),
+            "data_file_raw": st.booleans(),
+        }
+    ),
 )
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.peers.qemu import QemuImg, QemuIo, run_tool
+from tests.unit.drivers.qcow2.checker import Checker
 from tests.unit.drivers.qcow2.support import KIB, MIB, Images
 
 
@@ -86,11 +88,71 @@ def test_backing_file_does_not_show_in_a_disk_that_shrank_and_grew(images: Image
     assert disk.read(0, MIB) == b"\xff" * (100 * KIB) + bytes(MIB - 100 * KIB)
 
 
-@pytest.mark.parametrize(("length", "code"), [(1000, errno.EINVAL), (2 * MIB, errno.ENOTSUP)])
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"compat": "0.10"}, {"extended_l2": "on"}, {"data_file": "data"}],
+    ids=str,
+)
+def test_preallocated_growth_shows_nothing_that_lay_there(
+    images: Images, tmp_path: Path, options: dict[str, str], mode: str
+) -> None:
+    """Neither in clusters that are free again, nor on another try after a shrink."""
+    images.create("image", 3 * MIB, cluster_size=16384, **options)
+    disk = images.open("image", pass_discard_request=False)
+    for _ in range(2):
+        disk.write(0, b"x" * 3 * MIB)
+        disk.flush()
+        disk.ctx.run(disk.node.truncate(MIB + 512))
+        disk.ctx.run(disk.node.truncate(3 * MIB, preallocation=mode))
+        assert disk.read(0, 3 * MIB) == b"x" * (MIB + 512) + bytes(2 * MIB - 512)
+    disk.close()
+    images.check("image", tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"cluster_size": 4096}, {"extended_l2": "on"}], ids=str)
+def test_growth_that_finds_no_space_leaves_the_old_disk_and_keeps_none(
+    images: Images, options: dict[str, Any]
+) -> None:
+    failures = 0
+    while True:
+        image = images.create("image", 300 * KIB, **options)
+        disk = images.open("image")
+        disk.write(0, b"x" * 300 * KIB)
+        disk.flush()
+        calls = 0
+
+        def fault(kind: str, offset: int, length: int) -> int:
+            nonlocal calls
+            if kind not in ("write", "zero", "truncate") or (kind == "write" and not offset):
+                return 0  # after a write of the header that failed, nobody knows what it says
+            calls += 1
+            return errno.ENOSPC if calls == failures + 1 else 0  # noqa: B023
+
+        image.fault = fault
+        try:
+            disk.ctx.run(disk.node.truncate(2 * MIB, preallocation="full"))
+            break
+        except OSError as error:
+            code = error.errno
+        assert code == errno.ENOSPC
+        image.fault = None
+        assert disk.node.length_bytes == 300 * KIB
+        assert disk.read(0, 300 * KIB) == b"x" * 300 * KIB
+        disk.close()
+        judged = Checker(image.content)
+        assert not judged.corruptions
+        assert not judged.leaks
+        assert len(judged.references) * judged.size < MIB
+        failures += 1
+    assert failures > 3
+
+
+@pytest.mark.parametrize(("length", "code"), [(1000, errno.EINVAL), (64 * KIB, errno.ENOTSUP)])
 def test_size_that_can_not_be_is_refused(images: Images, length: int, code: int) -> None:
     images.create("image", MIB)
     disk = images.open("image")
-    preallocation = "full" if length == 2 * MIB else "off"
+    preallocation = "full" if length == 64 * KIB else "off"
     with pytest.raises(OSError) as caught:
         disk.ctx.run(disk.node.truncate(length, preallocation=preallocation))
     assert caught.value.errno == code
