@@ -17,6 +17,8 @@ enum {
     POOL_CLASSES = POOL_BITS_MAX - POOL_BITS_MIN + 1,
 };
 
+#define HUGE_BYTES (UINT64_C(2) << 20)
+
 struct buffer_pool {
     uint64_t retained; /* bytes of idle buffers */
     uint64_t retained_max;
@@ -31,22 +33,68 @@ static unsigned pool_class(uint64_t length)
     return 64u - (unsigned)__builtin_clzll(length - 1) - POOL_BITS_MIN;
 }
 
-static struct pool_buffer *pool_map(uint64_t capacity)
+static void *pool_pages(uint64_t length)
 {
-    struct pool_buffer *buffer = malloc(sizeof *buffer);
-    void *memory;
+    void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
-    if (buffer == NULL)
+    return memory == MAP_FAILED ? NULL : memory;
+}
+
+/* Memory that begins on a huge page; what lies around it is given back. */
+static void *pool_huge_pages(uint64_t length)
+{
+    char *memory = pool_pages(length + HUGE_BYTES);
+    uint64_t before;
+
+    if (memory == NULL)
         return NULL;
-    memory = mmap(NULL, capacity, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) {
-        free(buffer);
+    before = -(uint64_t)(uintptr_t)memory & (HUGE_BYTES - 1);
+    if (before != 0)
+        munmap(memory, before);
+    if (before != HUGE_BYTES)
+        munmap(memory + before + length, HUGE_BYTES - before);
+    memory += before;
+    /* Advice: a kernel without huge pages does without. A child's copy on write could take a page
+     * away from under a transfer. */
+    madvise(memory, length, MADV_HUGEPAGE);
+    madvise(memory, length, MADV_DONTFORK);
+    return memory;
+}
+
+/* Takes the memory over, which is given back where that fails. */
+static struct pool_buffer *pool_wrap(void *memory, uint64_t capacity)
+{
+    struct pool_buffer *buffer;
+
+    if (memory == NULL)
+        return NULL;
+    buffer = malloc(sizeof *buffer);
+    if (buffer == NULL) {
+        munmap(memory, capacity);
         return NULL;
     }
     buffer->next = NULL;
     buffer->address = (uint64_t)(uintptr_t)memory;
     buffer->capacity = capacity;
     return buffer;
+}
+
+static struct pool_buffer *pool_map(struct buffer_pool *pool, uint64_t capacity)
+{
+    struct pool_buffer *twin;
+    char *memory;
+
+    if (capacity < HUGE_BYTES / 2)
+        return pool_wrap(pool_pages(capacity), capacity);
+    if (capacity >= HUGE_BYTES)
+        return pool_wrap(pool_huge_pages(capacity), capacity);
+    memory = pool_huge_pages(HUGE_BYTES);
+    if (memory == NULL)
+        return NULL;
+    twin = pool_wrap(memory + capacity, capacity);
+    if (twin != NULL)
+        buffer_give(pool, twin);
+    return pool_wrap(memory, capacity);
 }
 
 static void pool_unmap(struct pool_buffer *buffer)
@@ -86,7 +134,7 @@ struct pool_buffer *buffer_take(struct buffer_pool *pool, uint64_t length)
         return NULL;
     buffer = pool->idle[class];
     if (buffer == NULL)
-        return pool_map(UINT64_C(1) << (class + POOL_BITS_MIN));
+        return pool_map(pool, UINT64_C(1) << (class + POOL_BITS_MIN));
     pool->idle[class] = buffer->next;
     pool->retained -= buffer->capacity;
     buffer->next = NULL;

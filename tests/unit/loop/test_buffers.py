@@ -7,6 +7,7 @@ import pytest
 
 from blockemu.loop.buffers import (
     CLASS_BYTES_MAX,
+    HUGE_BYTES,
     RETAINED_BYTES_MAX,
     Buffer,
     BufferPool,
@@ -83,3 +84,29 @@ def test_clear_drops_everything() -> None:
     pool.clear()
     assert pool.retained_bytes == 0
     assert isinstance(pool.take(1), Buffer)
+
+
+def test_large_buffers_begin_on_huge_pages() -> None:
+    pool = BufferPool()
+    for length in (HUGE_BYTES, 2 * HUGE_BYTES, 20 * HUGE_BYTES):
+        buffer = pool.take(length)
+        assert buffer.address % HUGE_BYTES == 0
+        buffer.view[0] = buffer.view[length - 1] = 7
+
+
+def test_buffers_of_half_a_huge_page_are_made_in_twos() -> None:
+    pool = BufferPool()
+    half = HUGE_BYTES // 2
+    one, two, three = (pool.take(half) for _ in range(3))
+    assert one.address % HUGE_BYTES == 0
+    assert two.address == one.address + half
+    assert three.address // HUGE_BYTES != one.address // HUGE_BYTES
+    one.view[:] = bytes([1]) * half
+    two.view[:] = bytes([2]) * half
+    assert bytes(one.view[-1:]) + bytes(two.view[:1]) == bytes([1, 2])
+
+
+def test_twin_over_the_bound_is_not_kept() -> None:
+    pool = BufferPool(retained_bytes_max=HUGE_BYTES // 4)
+    assert pool.take(HUGE_BYTES // 2).capacity == HUGE_BYTES // 2
+    assert pool.retained_bytes == 0
