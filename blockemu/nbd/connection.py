@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     import socket
 
     from blockemu.drivers.nbd.protocol import NbdError
-    from blockemu.exports import Export
     from blockemu.limits import Limits
     from blockemu.loop.buffers import BufferPool
     from blockemu.loop.timer import Timer
     from blockemu.nbd.request import Request
+    from blockemu.nbd.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ class BaseConnection(ABC):
         "export",
         "limits",
         "pool",
+        "session",
     )
 
     # What `start` makes, because it belongs to the home thread.
@@ -84,7 +85,7 @@ class BaseConnection(ABC):
     def __init__(
         self,
         sock: socket.socket,
-        export: Export,
+        session: Session,
         *,
         limits: Limits,
         on_closed: Callable[[], None],
@@ -95,7 +96,8 @@ class BaseConnection(ABC):
 
         Context: any thread; then have the home thread call `start`.
         """
-        self.export = export
+        self.session = session
+        self.export = export = session.export
         self.ctx = export.backend.ctx
         self.limits = limits
         self.count = export.statistics.count

@@ -40,6 +40,7 @@ from blockemu.drivers.nbd.protocol import (
     Reply,
 )
 from blockemu.loop.sync import yield_now
+from blockemu.nbd.session import Session
 
 if TYPE_CHECKING:
     from blockemu.exports import Export, ExportTable
@@ -52,13 +53,6 @@ BLOCK_SIZE_PREFERRED = 4096
 
 OPTIONS_PER_ROUND = 8
 """Options answered before the loop's other work gets a turn, should a client send many at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """What was agreed on."""
-
-    export: Export
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     import socket
 
     from blockemu.drivers.native_map import NativeMap
-    from blockemu.exports import Export
     from blockemu.limits import Limits
     from blockemu.loop.native_poller import NativePoller
     from blockemu.nbd._transmission import NativeStatistics
+    from blockemu.nbd.session import Session
 
 _POLL = ffi.typeof("struct native_poll *")
 _MAP = ffi.typeof("struct direct_map *")
@@ -84,13 +84,13 @@ class NativeConnection(BaseConnection):
     def __init__(
         self,
         sock: socket.socket,
-        export: Export,
+        session: Session,
         *,
         limits: Limits,
         on_closed: Callable[[], None],
         peer: str = "",
     ) -> None:
-        super().__init__(sock, export, limits=limits, on_closed=on_closed, peer=peer)
+        super().__init__(sock, session, limits=limits, on_closed=on_closed, peer=peer)
         # C's half; None before `start` and after NBD_RELEASED.
         self._handle: Any = None
         self._token = 0

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from blockemu.limits import Limits
     from blockemu.loop.aio_context import AioContext
     from blockemu.nbd.connection import BaseConnection
+    from blockemu.nbd.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -161,15 +162,17 @@ class NbdServer:
                 sock.close()
                 self._gone()
             else:
-                self._hand_over(sock, session.export, peer)
+                self._hand_over(sock, session, peer)
 
-    def _hand_over(self, sock: socket.socket, export: Export, peer: str) -> None:
+    def _hand_over(self, sock: socket.socket, session: Session, peer: str) -> None:
         """From here on the socket belongs to the export's context."""
 
         def closed() -> None:
             self._ctx.schedule_oneshot(lambda: self._closed(connection))
 
-        connection = make_connection(sock, export, limits=self._limits, on_closed=closed, peer=peer)
+        connection = make_connection(
+            sock, session, limits=self._limits, on_closed=closed, peer=peer
+        )
         self._connections.add(connection)
         connection.ctx.schedule_oneshot(connection.start)
 
@@ -184,7 +187,7 @@ class NbdServer:
 
 def make_connection(
     sock: socket.socket,
-    export: Export,
+    session: Session,
     *,
     limits: Limits,
     on_closed: Callable[[], None],
@@ -194,12 +197,12 @@ def make_connection(
 
     Context: any thread; then have the home thread call `start`.
     """
-    if export.backend.ctx.native is None:
-        return Connection(sock, export, limits=limits, on_closed=on_closed, peer=peer)
+    if session.export.backend.ctx.native is None:
+        return Connection(sock, session, limits=limits, on_closed=on_closed, peer=peer)
     # Here, since without a native poll the extension isn't needed.
     from blockemu.nbd.native_connection import NativeConnection
 
-    return NativeConnection(sock, export, limits=limits, on_closed=on_closed, peer=peer)
+    return NativeConnection(sock, session, limits=limits, on_closed=on_closed, peer=peer)
 
 
 def peer_name(sock: socket.socket, address: object) -> str:

@@ -41,9 +41,9 @@ from blockemu.nbd.request import READ, WITH_DATA, Request
 if TYPE_CHECKING:
     import socket
 
-    from blockemu.exports import Export
     from blockemu.limits import Limits
     from blockemu.loop.bottom_half import BH
+    from blockemu.nbd.session import Session
 
 
 class Connection(BaseConnection):
@@ -71,13 +71,13 @@ class Connection(BaseConnection):
     def __init__(
         self,
         sock: socket.socket,
-        export: Export,
+        session: Session,
         *,
         limits: Limits,
         on_closed: Callable[[], None],
         peer: str = "",
     ) -> None:
-        super().__init__(sock, export, limits=limits, on_closed=on_closed, peer=peer)
+        super().__init__(sock, session, limits=limits, on_closed=on_closed, peer=peer)
         self._in_flight = 0
         self._in_flight_bytes = 0
         # The kernel's buffer is full: replies wait for EPOLLOUT, and no requests are read.
@@ -85,7 +85,7 @@ class Connection(BaseConnection):
         # Requests have arrived that wait for a bound to fall, their turn, or a drained section.
         self._paused = False
         self._flush_deferred = False
-        self._statistics = export.statistics
+        self._statistics = session.export.statistics
 
     # --- its part of the life cycle ---
 

@@ -23,6 +23,7 @@ from blockemu.loop.aio_context import AioContext
 from blockemu.loop.clock import VirtualClock
 from blockemu.nbd.connection import BaseConnection
 from blockemu.nbd.server import NbdServer, make_connection
+from blockemu.nbd.session import Session
 from blockemu.nbd.transmission import Connection
 from tests.unit.nbd.client import Client
 from tests.unit.nbd.fakes import FakeBackend
@@ -111,7 +112,7 @@ def serve(ctx: AioContext) -> Iterator[Serve]:
         export = export or Export("disk", backend.as_backend, read_only=read_only)
         closed: list[bool] = []
         connection = make_connection(
-            ours, export, limits=limits or Limits(), on_closed=lambda: closed.append(True)
+            ours, Session(export), limits=limits or Limits(), on_closed=lambda: closed.append(True)
         )
         served = Served(connection, Client(theirs, ctx), backend, export, closed)
         ctx.schedule_oneshot(connection.start)

@@ -25,6 +25,7 @@ from blockemu.loop.aio_context import AioContext
 from blockemu.loop.host_file import PosixFiles
 from blockemu.nbd.connection import BaseConnection
 from blockemu.nbd.server import make_connection
+from blockemu.nbd.session import Session
 from tests.unit.nbd.client import Client, header
 
 READ = Command.NBD_CMD_READ
@@ -88,7 +89,10 @@ class Disk:
         ours.setblocking(False)
         closed: list[bool] = []
         connection = make_connection(
-            ours, self.export, limits=limits or Limits(), on_closed=lambda: closed.append(True)
+            ours,
+            Session(self.export),
+            limits=limits or Limits(),
+            on_closed=lambda: closed.append(True),
         )
         connection.start()
         client = PatientClient(theirs, self.ctx)
@@ -369,7 +373,7 @@ def test_a_socket_that_cant_be_polled_is_dropped(open_disk: OpenDisk) -> None:
     ours, theirs = socket.socketpair()
     closed: list[bool] = []
     connection = make_connection(
-        ours, disk.export, limits=Limits(), on_closed=lambda: closed.append(True)
+        ours, Session(disk.export), limits=Limits(), on_closed=lambda: closed.append(True)
     )
     ours.close()
     theirs.close()
