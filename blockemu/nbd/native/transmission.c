@@ -44,13 +44,13 @@ static int nbd_backed_up(const struct nbd_connection *connection)
 }
 
 /* Whether a request must wait for others to end. One alone never has to. */
-static int nbd_must_wait(const struct nbd_connection *connection, unsigned command, uint64_t length)
+static int nbd_must_wait(const struct nbd_connection *connection, int has_data, uint64_t length)
 {
     uint64_t held = connection->in_flight_bytes + connection->unsent_bytes;
 
     if (connection->in_flight >= connection->limits.in_flight_requests_max)
         return 1;
-    if (held == 0 || (command != NBD_READ && command != NBD_WRITE))
+    if (held == 0 || !has_data)
         return 0;
     return length > connection->limits.in_flight_bytes_max ||
            held > connection->limits.in_flight_bytes_max - length;
@@ -227,7 +227,7 @@ static enum nbd_stop_reason nbd_begin(struct nbd_connection *connection, struct 
         nbd_end(connection, NBD_DISCONNECT, 0);
         return NBD_STOP_END;
     }
-    if (nbd_must_wait(connection, command, length))
+    if (nbd_must_wait(connection, has_payload || command == NBD_READ, length))
         return NBD_STOP_BOUND;
     if (has_payload && available < length && length <= NBD_WAIT_BYTES_MAX)
         return NBD_STOP_EMPTY;
