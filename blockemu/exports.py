@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from blockemu.drivers.backend import BlockBackend
+    from blockemu.drivers.dirty_bitmap import DirtyBitmap
     from blockemu.nbd.connection import BaseConnection
 
 
@@ -26,7 +27,9 @@ class Export:
     """One backend under one name."""
 
     __slots__ = (
+        "allocation_depth",
         "backend",
+        "bitmaps",
         "connections",
         "description",
         "multi_conn",
@@ -53,6 +56,11 @@ class Export:
         self.read_only = read_only or not backend.writable
         self.description = description
         self.multi_conn = multi_conn
+        self.bitmaps: tuple[DirtyBitmap, ...] = ()
+        """Dirty bitmaps that clients may ask about. Set by nbd/export_contexts.py, before clients
+        come, as is `allocation_depth`."""
+        self.allocation_depth = False
+        """Clients may ask in which layer of the chain bytes are."""
         self.connections: set[BaseConnection] = set()
         self.quiet = False
         self.statistics = ExportStatistics()
