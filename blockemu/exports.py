@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.nbd.protocol import TransmissionFlag
+from blockemu.loop.sync import Mutex
 from blockemu.nbd.statistics import ExportStatistics
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Export:
         "quiet",
         "read_only",
         "statistics",
+        "status_turn",
     )
 
     def __init__(
@@ -61,6 +63,8 @@ class Export:
         come, as is `allocation_depth`."""
         self.allocation_depth = False
         """Clients may ask in which layer of the chain bytes are."""
+        self.status_turn = Mutex()
+        """Held by the one BLOCK_STATUS request that is looking at the graph."""
         self.connections: set[BaseConnection] = set()
         self.quiet = False
         self.statistics = ExportStatistics()

@@ -147,9 +147,7 @@ def allocate_range(fd: int, offset: int, length: int) -> None:
         os.posix_fallocate(fd, offset, length)
 
 
-def extents_at(
-    fd: int, offset: int, end: int, size: int, count_max: int
-) -> list[tuple[bool, int]]:
+def extents_at(fd: int, offset: int, end: int, size: int, count_max: int) -> list[tuple[bool, int]]:
     """`extent_at` again and again, from `offset` until `end` or the file's end at `size`."""
     found: list[tuple[bool, int]] = []
     end = min(end, size)

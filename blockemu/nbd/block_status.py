@@ -17,27 +17,29 @@ request fails, so the client hears of it at the place where it is.
 
 from __future__ import annotations
 
+import errno
 import struct
-import sys
-from array import array
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from operator import eq
 from typing import TYPE_CHECKING, Final
 
 from blockemu.drivers.nbd.protocol import AllocationState
 from blockemu.drivers.status_runs import BITS_MASK, DATA, DEPTH_SHIFT, ZERO, StatusRuns
 from blockemu.loop.sync import yield_now
+from blockemu.nbd.commands import REQ_ONE
 from blockemu.nbd.meta_context import Kind, MetaContext
+from blockemu.nbd.reply_style import StructuredStyle
 
 if TYPE_CHECKING:
-    from blockemu.drivers.backend import BlockBackend
     from blockemu.drivers.dirty_bitmap import DirtyBitmap
+    from blockemu.exports import Export
     from blockemu.limits import Limits
+    from blockemu.loop.sync import Mutex
+    from blockemu.nbd.request import Request
 
 RUNS_PER_TURN: Final = 1024
 """Runs that are asked for and merged at once: some tenths of a millisecond."""
-
-_SWAP: Final = sys.byteorder == "little"
 
 _ALLOCATION: Final = [
     int(
@@ -55,56 +57,47 @@ _SELECTION: Final = struct.Struct(">Q")
 class Extents:
     """What one context says of consecutive extents, neighbours that are alike being one."""
 
-    __slots__ = ("_extents_max", "_flags_of", "_lengths", "_values", "context", "is_full")
+    __slots__ = ("_extents_max", "_meaning", "context", "is_full", "lengths", "states")
 
     def __init__(self, context: MetaContext, extents_max: int) -> None:
         self.context = context
         self._extents_max = extents_max
-        self._flags_of = _FLAGS_OF[context.kind]
-        self._lengths: list[int] = []
-        self._values: list[int] = []
+        self._meaning = _MEANINGS[context.kind]
+        self.lengths: list[int] = []
+        self.states: list[int] = []
         self.is_full = False
         """There was no room for more; what follows isn't to be added."""
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self.lengths)
 
     def add(self, runs: StatusRuns) -> None:
         """What follows, as far as there is room."""
         if self.is_full:
             return
-        lengths, values = self._lengths, self._values
-        more_lengths, more_values = runs.lengths, self._flags_of(runs.states)
+        lengths, states = self.lengths, self.states
+        more, more_states = runs.lengths, self._meaning(runs.states)
         room = self._extents_max - len(lengths)
-        last = values[-1] if values else -1
-        if len(more_values) <= room and not any(map(eq, more_values, more_values[1:])):
+        last = states[-1] if states else -1
+        if len(more_states) <= room and not any(map(eq, more_states, more_states[1:])):
             # The usual case of a disk in many pieces: only the seam may need mending.
-            if last == more_values[0]:
-                lengths[-1] += more_lengths[0]
-                more_lengths, more_values = more_lengths[1:], more_values[1:]
-            lengths += more_lengths
-            values += more_values
+            if last == more_states[0]:
+                lengths[-1] += more[0]
+                more, more_states = more[1:], more_states[1:]
+            lengths += more
+            states += more_states
             return
-        for length, value in zip(more_lengths, more_values, strict=True):
-            if value == last:
+        for length, state in zip(more, more_states, strict=True):
+            if state == last:
                 lengths[-1] += length
             elif room:
                 room -= 1
                 lengths.append(length)
-                values.append(value)
-                last = value
+                states.append(state)
+                last = state
             else:
                 self.is_full = True
                 return
-
-    def numbers(self, *, extended: bool) -> array[int]:
-        """Length and flags of each extent, in the wire's byte order."""
-        numbers = array("Q" if extended else "I", bytes(len(self) * (16 if extended else 8)))
-        numbers[::2] = array(numbers.typecode, self._lengths)
-        numbers[1::2] = array(numbers.typecode, self._values)
-        if _SWAP:
-            numbers.byteswap()
-        return numbers
 
 
 def _allocation(states: list[int]) -> list[int]:
@@ -119,15 +112,52 @@ def _as_is(states: list[int]) -> list[int]:
     return states
 
 
-_FLAGS_OF: Final[dict[Kind, Callable[[list[int]], list[int]]]] = {
+_MEANINGS: Final[dict[Kind, Callable[[list[int]], list[int]]]] = {
     Kind.ALLOCATION: _allocation,
     Kind.DEPTH: _depth,
     Kind.BITMAP: _as_is,
 }
 
 
+async def answer(request: Request) -> list[bytes | memoryview]:
+    """The whole reply to a BLOCK_STATUS request that commands.check found nothing wrong with.
+
+    Suspends: often. Raises: OSError.
+    """
+    connection = request.connection
+    session, style = connection.session, connection.style
+    assert isinstance(style, StructuredStyle)
+    offset, length, contexts = request.offset, request.length, session.contexts
+    if request.payload:
+        size = session.export.backend.length_bytes
+        length, contexts = parse_selection(request.payload, contexts)
+        if not length or offset + length > size:
+            text = f"BLOCK_STATUS of {length} bytes at {offset} of an export of {size}"
+            raise OSError(errno.EINVAL, text)
+    found = await block_status(
+        session.export,
+        contexts,
+        connection.limits,
+        offset=offset,
+        length=length,
+        only_one=bool(request.flags & REQ_ONE),
+        extended=style.extended,
+    )
+    return [
+        style.status(
+            request.cookie,
+            offset,
+            context=extents.context.id,
+            lengths=extents.lengths,
+            states=extents.states,
+            done=extents is found[-1],
+        )
+        for extents in found
+    ]
+
+
 async def block_status(
-    backend: BlockBackend,
+    export: Export,
     contexts: tuple[MetaContext, ...],
     limits: Limits,
     *,
@@ -138,8 +168,8 @@ async def block_status(
 ) -> list[Extents]:
     """What `contexts` say of the bytes from `offset` on; at least one extent each.
 
-    `only_one`: NBD_CMD_FLAG_REQ_ONE. Context: home thread of the backend's context. Suspends:
-    often. Raises: OSError.
+    `only_one`: NBD_CMD_FLAG_REQ_ONE. Context: home thread of the export's context. Suspends: often.
+    Raises: OSError.
     """
     extent_bytes = 16 if extended else 8
     extents_max = 1
@@ -148,17 +178,18 @@ async def block_status(
     found = [Extents(context, extents_max) for context in contexts]
     # One of the runs is for seeing that the extent before it has ended.
     runs_max = min(RUNS_PER_TURN, extents_max + 1)
+    collector = _Collector(export.status_turn, offset, length, limits.status_turns_max)
 
     async def ask_graph(position: int, length: int) -> StatusRuns:
-        return await backend.status_runs(position, length, runs_max=runs_max)
+        return await export.backend.status_runs(position, length, runs_max=runs_max)
 
     in_graph = [extents for extents in found if extents.context.bitmap is None]
     if in_graph:
-        await _collect(ask_graph, in_graph, offset, length, limits.status_turns_max)
+        await collector.collect(ask_graph, in_graph)
     for extents in found:
         if extents.context.bitmap is not None:
             ask = _asker(extents.context.bitmap, runs_max)
-            await _collect(ask, [extents], offset, length, limits.status_turns_max)
+            await collector.collect(ask, [extents])
     return found
 
 
@@ -172,28 +203,36 @@ def _asker(bitmap: DirtyBitmap, runs_max: int) -> Ask:
     return ask
 
 
-async def _collect(
-    ask: Ask, found: list[Extents], offset: int, length: int, turns_max: int
-) -> None:
-    """Ask until the range is described, all of `found` are full, or it has taken long enough."""
-    position, end = offset, offset + length
-    for _ in range(turns_max):
-        try:
-            runs = await ask(position, end - position)
-        except OSError:
-            if position > offset:
+@dataclass(frozen=True, slots=True)
+class _Collector:
+    """Of one request. `turn` is shared with the others on the export, so that all together take one
+    turn in each round of the loop."""
+
+    turn: Mutex
+    offset: int
+    length: int
+    turns_max: int
+
+    async def collect(self, ask: Ask, found: list[Extents]) -> None:
+        """Ask until the range is described, all of `found` are full, or it has taken long enough.
+
+        Raises: OSError, where nothing is known.
+        """
+        position, end = self.offset, self.offset + self.length
+        for _ in range(self.turns_max):
+            async with self.turn:
+                try:
+                    runs = await ask(position, end - position)
+                except OSError:
+                    if position > self.offset:
+                        return
+                    raise
+                for extents in found:
+                    extents.add(runs)
+                position += runs.length_bytes
+                await yield_now()
+            if position >= end or all(extents.is_full for extents in found):
                 return
-            raise
-        for extents in found:
-            extents.add(runs)
-        position += runs.length_bytes
-        if position >= end or all(extents.is_full for extents in found):
-            return
-        await yield_now()
-
-
-class BadSelection(Exception):
-    """A payload that chooses contexts isn't what the document says; the text names the reason."""
 
 
 def parse_selection(
@@ -201,16 +240,17 @@ def parse_selection(
 ) -> tuple[int, tuple[MetaContext, ...]]:
     """(effect length, the contexts that the client wants to hear of in this reply).
 
-    Layout: u64 length, n times u32 id. Raises: BadSelection.
+    Layout: u64 length, n times u32 id. Raises: OSError(EINVAL).
     """
     if len(payload) <= _SELECTION.size or len(payload) % 4:
-        raise BadSelection(f"a payload of {len(payload)} bytes isn't a length and some contexts")
+        text = f"a payload of {len(payload)} bytes isn't a length and some contexts"
+        raise OSError(errno.EINVAL, text)
     (length,) = _SELECTION.unpack_from(payload)
     ids = struct.unpack_from(f">{(len(payload) - _SELECTION.size) // 4}I", payload, 8)
     known = {context.id: context for context in contexts}
     if len(set(ids)) != len(ids):
-        raise BadSelection("the payload names a context twice")
+        raise OSError(errno.EINVAL, "the payload names a context twice")
     unknown = next((number for number in ids if number not in known), None)
     if unknown is not None:
-        raise BadSelection(f"context {unknown} wasn't chosen in negotiation")
+        raise OSError(errno.EINVAL, f"context {unknown} wasn't chosen in negotiation")
     return length, tuple(known[number] for number in ids)

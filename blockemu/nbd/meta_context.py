@@ -132,10 +132,31 @@ def listed(export: Export, queries: tuple[bytes, ...]) -> list[MetaContext]:
     ]
 
 
-def chosen(export: Export, queries: tuple[bytes, ...]) -> tuple[MetaContext, ...]:
-    """What SET chooses: the contexts that a query names in full."""
-    exact = set(queries)
-    return tuple(context for context in contexts_of(export) if _encoded(context) in exact)
+class Choice:
+    """What SET_META_CONTEXT has chosen last, in one negotiation."""
+
+    __slots__ = ("_contexts", "_export")
+
+    def __init__(self) -> None:
+        self._export: Export | None = None
+        self._contexts: tuple[MetaContext, ...] = ()
+
+    def forget(self) -> None:
+        """Nothing is chosen: SET failed, or is about to be answered; or TLS begins."""
+        self._export, self._contexts = None, ()
+
+    def choose(self, export: Export, queries: tuple[bytes, ...]) -> tuple[MetaContext, ...]:
+        """What SET chooses: the contexts of the export that a query names in full."""
+        exact = set(queries)
+        self._export = export
+        self._contexts = tuple(
+            context for context in contexts_of(export) if _encoded(context) in exact
+        )
+        return self._contexts
+
+    def on(self, export: Export) -> tuple[MetaContext, ...]:
+        """What is chosen, if the client takes this export."""
+        return self._contexts if export is self._export else ()
 
 
 def encode_reply(context: MetaContext, *, listing: bool) -> bytes:

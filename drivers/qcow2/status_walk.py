@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block status in bulk: a walk through L2 slices that turns entries into runs (status_runs.py).
 
-Most entries are plain: unallocated, or data in whole clusters. Of those a loop of a few instructions
-an entry makes runs, a slice at a time, without a call for any. Others (compressed, zeroes, extended
-entries, those of an external data file, damaged ones) are resolved one by one, as a read would.
+Most entries are plain: unallocated, or data in whole clusters. Of those a loop makes runs, a slice
+at a time, without a call for any. Others (compressed, zeroes, extended entries, those of an
+external data file, damaged ones) are resolved one by one, as a read would.
 
 An image that looks preallocated names clusters which its file may never have been given
 (preallocation.py). Then the file is asked, too; also in bulk: what it says of a stretch of many
