@@ -84,6 +84,13 @@ class Limits:
     for everything else."""
 
     def __post_init__(self) -> None:
-        assert self.in_flight_bytes_max >= self.request_length_max > 0
-        assert self.in_flight_requests_max > 0
-        assert self.name_length_max <= self.option_length_max <= self.negotiation_bytes_max
+        """Raises: ValueError, when two of them contradict each other."""
+        for less, more in (
+            ("request_length_max", "in_flight_bytes_max"),
+            ("name_length_max", "option_length_max"),
+            ("option_length_max", "negotiation_bytes_max"),
+        ):
+            if getattr(self, less) > getattr(self, more):
+                raise ValueError(
+                    f"{less} ({getattr(self, less)}) is more than {more} ({getattr(self, more)})"
+                )
