@@ -22,9 +22,14 @@ SECOND_NS = 1_000_000_000
 class Limits:
     """All limits of the daemon. The defaults suit a machine that serves a few busy disks."""
 
-    connections_max: int = 1024
+    connections_max: int = 2048
     """Client connections at once. Beyond it nobody is accepted until one leaves: they wait in the
     kernel's backlog. Each costs a file descriptor and, when active, up to about a megabyte."""
+
+    export_connections_max: int = 1024
+    """Clients of one export at once, unless the export has a bound of its own: so that one that
+    everybody wants leaves room for the others. Beyond it, clients are told so when they choose it
+    (ERR_POLICY)."""
 
     negotiation_time_max_ns: int = 10 * SECOND_NS
     """From accept to the transmission phase. Real clients need milliseconds; TLS, one day, less
