@@ -22,9 +22,14 @@ SECOND_NS = 1_000_000_000
 class Limits:
     """All limits of the daemon. The defaults suit a machine that serves a few busy disks."""
 
-    connections_max: int = 1024
+    connections_max: int = 2048
     """Client connections at once. Beyond it nobody is accepted until one leaves: they wait in the
     kernel's backlog. Each costs a file descriptor and, when active, up to about a megabyte."""
+
+    export_connections_max: int = 1024
+    """Clients of one export at once, unless the export has a bound of its own: so that one that
+    everybody wants leaves room for the others. Beyond it, clients are told so when they choose it
+    (ERR_POLICY)."""
 
     negotiation_time_max_ns: int = 10 * SECOND_NS
     """From accept to the transmission phase. Real clients need milliseconds; TLS, one day, less
@@ -84,6 +89,13 @@ class Limits:
     for everything else."""
 
     def __post_init__(self) -> None:
-        assert self.in_flight_bytes_max >= self.request_length_max > 0
-        assert self.in_flight_requests_max > 0
-        assert self.name_length_max <= self.option_length_max <= self.negotiation_bytes_max
+        """Raises: ValueError, when two of them contradict each other."""
+        for less, more in (
+            ("request_length_max", "in_flight_bytes_max"),
+            ("name_length_max", "option_length_max"),
+            ("option_length_max", "negotiation_bytes_max"),
+        ):
+            if getattr(self, less) > getattr(self, more):
+                raise ValueError(
+                    f"{less} ({getattr(self, less)}) is more than {more} ({getattr(self, more)})"
+                )
