@@ -33,8 +33,10 @@ class BlockBackend:
     """A named hold on `node`. Created and closed in `ctx`, or in the main context while nothing
     runs there; used in `ctx`.
 
-    `shared` is what others may do with the node meanwhile. Without `reads` it is a hold that keeps
-    the node open, and no more. A drained section that runs on the node takes the backend in.
+    `shared` is what others may do with the node meanwhile. With `write_through`, what is written is
+    on stable storage before it is acknowledged; there is no direct map then. Without
+    `reads` it is a hold that keeps the node open, and no more. A drained section that runs on the
+    node takes the backend in.
     Raises: ImageError, when another parent of the node forbids this one.
     """
 
@@ -47,6 +49,7 @@ class BlockBackend:
         resizable: bool = False,
         reads: bool = True,
         shared: Permission = OURS_ALONE,
+        write_through: bool = False,
     ) -> None:
         perm = Permission.CONSISTENT_READ if reads else Permission.NONE
         if writable:
@@ -55,6 +58,7 @@ class BlockBackend:
             perm |= Permission.RESIZE
         self.name = name
         self.writable = writable
+        self.write_through = write_through
         self.root = BdrvChild(
             "root", node, parent=None, role=Role.ROOT, perm=perm, shared=shared, owner=self
         )
@@ -88,7 +92,9 @@ class BlockBackend:
 
         There is none in a drained section: a map that is made inside isn't one of those it holds.
         """
-        return None if self._quiesced else self.root.node.driver.direct_map()
+        if self._quiesced or self.write_through:
+            return None
+        return self.root.node.driver.direct_map()
 
     def set_dev_ops(
         self, on_drained_begin: Callable[[], None], on_drained_end: Callable[[], None]
@@ -112,14 +118,14 @@ class BlockBackend:
     ) -> None:
         """Write `view` at `offset`. Raises: OSError."""
         await self._enter(offset, len(view), write=True)
-        await self.node.pwritev(offset, view, flags)
+        await self.node.pwritev(offset, view, self._durably(flags))
 
     async def pwrite_zeroes(
         self, offset: int, length: int, flags: RequestFlags = RequestFlags.NONE
     ) -> None:
         """Make the range read as zeroes. Raises: OSError."""
         await self._enter(offset, length, write=True)
-        await self.node.pwrite_zeroes(offset, length, flags)
+        await self.node.pwrite_zeroes(offset, length, self._durably(flags))
 
     async def pdiscard(self, offset: int, length: int) -> None:
         """Give the range up. Raises: OSError."""
@@ -144,6 +150,9 @@ class BlockBackend:
         """What the bytes from `offset` are, in the root node's own layer."""
         await self._enter(offset, length)
         return await self.node.block_status(offset, length)
+
+    def _durably(self, flags: RequestFlags) -> RequestFlags:
+        return flags | RequestFlags.FUA if self.write_through else flags
 
     async def _enter(self, offset: int, length: int, *, write: bool = False) -> None:
         """The door: wait while quiesced, then check against the size and the right to write."""

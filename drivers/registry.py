@@ -405,11 +405,14 @@ class Opener:
         overlap_check: str | None = None,
         snapshot: str | None = None,
         no_io: bool = False,
+        no_flush: bool = False,
+        offset: int = 0,
     ) -> BlockDriverState:
         """Open the image at `path` the way the command line does.
 
         `fmt` None means: probe, and refuse an image that names other files. `overlap_check` is for
-        a qcow2 image.
+        a qcow2 image. `no_flush`: of an image that is thrown away. `offset`: leave out so many
+        bytes at the disk's start.
         Raises: ImageError.
         """
         options: dict[str, Any] = {
@@ -423,14 +426,27 @@ class Opener:
             options["node-name"] = node_name
         if snapshot is not None:
             options["snapshot"] = snapshot
-        file_options = {"aio": aio, "cache": {"direct": direct}}
-        return await self.open_named(
+        file_options = {"aio": aio, "cache": {"direct": direct, "no-flush": no_flush}}
+        node = await self.open_named(
             path,
             fmt=fmt,
             options=options,
             file_options=file_options,
             qcow2_options={} if overlap_check is None else {"overlap-check": overlap_check},
         )
+        return await self._window(path, node, offset) if offset else node
+
+    async def _window(self, path: str, disk: BlockDriverState, offset: int) -> BlockDriverState:
+        """All of `disk` but its first `offset` bytes. It is closed if that fails."""
+        try:
+            if offset > disk.length_bytes:
+                reason = f"offset {offset} lies past the disk's end at {disk.length_bytes}"
+                raise ImageError(path, reason)
+            options = {"driver": "raw", "file": disk.node_name, "offset": offset}
+            return await self.open({**options, "read-only": disk.read_only})
+        except BaseException:
+            await disk.close()
+            raise
 
     async def probe(self, name: str) -> str:
         """The format of the image `name`: what the name says, or else by its first bytes.

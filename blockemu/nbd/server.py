@@ -43,7 +43,16 @@ _HOST_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 class NbdServer:
     """Serves the exports of a table to whoever connects."""
 
-    def __init__(self, ctx: AioContext, exports: ExportTable, *, limits: Limits) -> None:
+    def __init__(
+        self,
+        ctx: AioContext,
+        exports: ExportTable,
+        *,
+        limits: Limits,
+        on_last_gone: Callable[[], None] | None = None,
+    ) -> None:
+        """`on_last_gone` is called when nobody is connected any more and somebody has been served;
+        nobody is accepted from then on."""
         self._ctx = ctx
         self._exports = exports
         self._limits = limits
@@ -52,6 +61,8 @@ class NbdServer:
         self._connections: set[BaseConnection] = set()
         self._accepting = False
         self._closing = False
+        self._on_last_gone = on_last_gone
+        self._has_served = False
         self._left = WaitQueue()
         self._retry = ctx.new_timer(self._update_accepting)
 
@@ -185,6 +196,7 @@ class NbdServer:
             sock, session, limits=self._limits, on_closed=closed, peer=peer
         )
         self._connections.add(connection)
+        self._has_served = True
         connection.ctx.schedule_oneshot(connection.start)
 
     def _closed(self, connection: BaseConnection) -> None:
@@ -193,6 +205,10 @@ class NbdServer:
         self._gone()
 
     def _gone(self) -> None:
+        if self._on_last_gone is not None and self._has_served and not self.connection_count:
+            on_last_gone, self._on_last_gone = self._on_last_gone, None
+            self._closing = True
+            on_last_gone()
         self._update_accepting()
         self._left.wake_all()
 
