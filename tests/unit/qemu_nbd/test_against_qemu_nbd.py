@@ -104,7 +104,7 @@ LINES = {
     "for all": "--persistent --shared=0 --format=qcow2 @disk.qcow2",
     "named": "-t -x a/b -D described -e 0 -f raw @disk.raw",
     "offset, writethrough": "-t -o 512 --cache=writethrough -f raw @disk.raw",
-    "offset, discard": "-t --offset=1048576 --discard=on --detect-zeroes=unmap -f qcow2 @disk.qcow2",
+    "offset, discard": "-t -o 1048576 --discard=on --detect-zeroes=unmap -f qcow2 @disk.qcow2",
     "snapshot": "-t --load-snapshot=snapshot.name=before -f qcow2 @disk.qcow2",
     "past the cache": "-t -n --aio=native -f qcow2 @disk.qcow2",
     "directsync": "-t --cache=directsync --detect-zeroes=on -f qcow2 @disk.qcow2",
