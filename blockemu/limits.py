@@ -117,6 +117,11 @@ class Limits:
             probes=self.keepalive_probes_max,
         )
 
+    def payload_dropped_max(self, *, extended: bool) -> int:
+        """The longest payload that is dropped with an error. With extended headers the document
+        wants those beyond the largest that was announced to end the connection."""
+        return self.request_length_max if extended else self.discard_length_max
+
     def __post_init__(self) -> None:
         """Raises: ValueError, when two of them contradict each other."""
         for less, more in (
