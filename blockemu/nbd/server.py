@@ -155,7 +155,7 @@ class NbdServer:
     # --- a connection's way ---
 
     def _begin(self, sock: socket.socket, peer: str, *, lists: bool) -> None:
-        tune(sock)
+        tune(sock, self._limits.keepalive)
         bytes_max = self._limits.negotiation_bytes_max
         stream = NegotiationStream(sock, self._ctx, bytes_max=bytes_max)
         self._negotiating.add(stream)
