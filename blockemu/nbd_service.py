@@ -45,13 +45,15 @@ class NbdService:
         on_last_gone: Callable[[], None] | None = None,
     ) -> None:
         """Listen, and serve whoever connects. `listing`: one of config.LISTINGS.
-        `on_last_gone`: see NbdServer.
+        `on_last_gone`: see NbdServer.end_with_last_client.
 
         Raises: DaemonError; nobody listens then.
         """
         assert self._server is None
         self.listeners = open_listeners(addresses)
-        self._server = NbdServer(self._ctx, self._exports, limits=limits, on_last_gone=on_last_gone)
+        self._server = NbdServer(self._ctx, self._exports, limits=limits)
+        if on_last_gone is not None:
+            self._server.end_with_last_client(on_last_gone)
         for listener in self.listeners:
             lists = listing == "all" or (listing == "local" and listener.is_local)
             for sock in listener.sockets:

@@ -113,7 +113,7 @@ def _drive(
     if temporary and snapshot is not None:
         raise click.UsageError("--snapshot and --load-snapshot don't go together.")
     return NbdDriveOptions(
-        snapshot=None if snapshot is None else _snapshot_name(snapshot),
+        snapshot=None if snapshot is None else snapshot_name(snapshot),
         temporary=temporary,
         cache="none" if nocache else cache or "writeback",
         aio=aio,
@@ -122,7 +122,7 @@ def _drive(
     )
 
 
-def _snapshot_name(text: str) -> str:
+def snapshot_name(text: str) -> str:
     """The id or name in qemu-nbd's `snapshot.id=ID,snapshot.name=NAME`, or the text itself."""
     parts = [part.partition("=") for part in text.split(",")]
     said = {key: value for key, _, value in parts if key in ("snapshot.id", "snapshot.name")}

@@ -43,16 +43,7 @@ _HOST_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 class NbdServer:
     """Serves the exports of a table to whoever connects."""
 
-    def __init__(
-        self,
-        ctx: AioContext,
-        exports: ExportTable,
-        *,
-        limits: Limits,
-        on_last_gone: Callable[[], None] | None = None,
-    ) -> None:
-        """`on_last_gone` is called when nobody is connected any more and somebody has been served;
-        nobody is accepted from then on."""
+    def __init__(self, ctx: AioContext, exports: ExportTable, *, limits: Limits) -> None:
         self._ctx = ctx
         self._exports = exports
         self._limits = limits
@@ -61,7 +52,7 @@ class NbdServer:
         self._connections: set[BaseConnection] = set()
         self._accepting = False
         self._closing = False
-        self._on_last_gone = on_last_gone
+        self._on_last_gone: Callable[[], None] | None = None
         self._has_served = False
         self._left = WaitQueue()
         self._retry = ctx.new_timer(self._update_accepting)
@@ -78,6 +69,11 @@ class NbdServer:
         self._listeners[sock] = lists
         self._watch(sock, self._accepting)
         self._update_accepting()
+
+    def end_with_last_client(self, on_last_gone: Callable[[], None]) -> None:
+        """Accept nobody any more when the last client has left and at least one was served;
+        `on_last_gone` is called then."""
+        self._on_last_gone = on_last_gone
 
     async def close(self) -> None:
         """Stop listening, answer what is in flight, close all connections.
