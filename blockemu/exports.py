@@ -198,6 +198,10 @@ class ExportTable:
             return self._offered.get(self.default_name)
         return next((export for export in self._offered.values() if not export.hidden), None)
 
+    def has(self, name: str) -> bool:
+        """Whether one has this very name."""
+        return name in self._offered
+
     def by_id(self, id: str) -> Export | None:
         """The export that QMP calls so; also one that is being removed."""
         for export in self.with_leaving():

@@ -24,12 +24,14 @@ from blockemu.nbd.commands import (
     FUA,
     NO_HOLE,
     READ,
+    RESIZE,
     TRIM,
     WITH_DATA,
     WRITE,
     WRITE_ZEROES,
 )
 from blockemu.nbd.reply_style import Failure
+from blockemu.nbd.resize import resize_export
 
 if TYPE_CHECKING:
     from blockemu.drivers.direct_map import DirectMap, Pin
@@ -138,6 +140,8 @@ class Request:
         flags = RequestFlags.FUA if self.flags & FUA else RequestFlags.NONE
         if command == FLUSH:
             await backend.flush()
+        elif command == RESIZE:
+            await resize_export(self.connection.export, offset)
         elif not length:
             return
         elif command == READ:
