@@ -25,7 +25,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,10 @@ LINES = {
     "driver=luks,key-secret=s,file.driver=file,file.filename=@disk.luks",
 }
 EXPORTS = {"named": "a/b"}
+WRITES = (
+    *("write -P 9 100k 70k", "write -z 10k 20k", "discard 0 4k", "flush"),
+    "read -P 9 100k 70k",
+)
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -121,19 +125,25 @@ def test_a_command_line_serves_what_qemu_nbd_serves(
     folders: dict[str, Path], line: str, tmp_path: Path
 ) -> None:
     said, read = {}, {}
-    for program, folder in folders.items():
-        server = NbdCommand(
-            program, words_in(folder, LINES[line]), socket_path=tmp_path / f"{program}.sock",
-            export=EXPORTS.get(line, ""),
-        )  # fmt: skip
-        with server:
+    with ExitStack() as stack:
+        servers = {
+            program: stack.enter_context(
+                NbdCommand(
+                    program,
+                    words_in(folder, LINES[line]),
+                    socket_path=tmp_path / f"{program}.sock",
+                    export=EXPORTS.get(line, ""),
+                )
+            )
+            for program, folder in folders.items()
+        }
+        for program, server in servers.items():
             said[program] = describe(server.uri)
             copy = tmp_path / f"{program}.copy"
             NbdCopy.copy(server.uri, copy)
             read[program] = copy.read_bytes()
             if not said[program]["exports"][0]["is_read_only"]:
-                QemuIo(server.uri).run("write -P 9 100k 70k", "write -z 10k 20k", "discard 0 4k",
-                                       "flush", "read -P 9 100k 70k")  # fmt: skip
+                QemuIo(server.uri).run(*WRITES)
     if line == "luks":
         for one in said.values():
             del one["exports"][0]["block_size_minimum"]
