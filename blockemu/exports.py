@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.nbd.protocol import TransmissionFlag
+from blockemu.loop.sync import Mutex
 from blockemu.nbd.statistics import ExportStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from blockemu.drivers.backend import BlockBackend
+    from blockemu.drivers.dirty_bitmap import DirtyBitmap
     from blockemu.nbd.connection import BaseConnection
 
 
@@ -54,7 +56,9 @@ class Export:
     """One backend under one name."""
 
     __slots__ = (
+        "allocation_depth",
         "backend",
+        "bitmaps",
         "clients",
         "connections",
         "connections_max",
@@ -69,6 +73,7 @@ class Export:
         "rotational",
         "shutting_down",
         "statistics",
+        "status_turn",
     )
 
     def __init__(
@@ -106,6 +111,13 @@ class Export:
         """It was removed: nobody gets in any more."""
         self.clients = 0
         """Clients that have chosen it, from their choice until nothing is left of them."""
+        self.bitmaps: tuple[DirtyBitmap, ...] = ()
+        """Dirty bitmaps that clients may ask about. Set by nbd/export_contexts.py, before clients
+        come, as is `allocation_depth`."""
+        self.allocation_depth = False
+        """Clients may ask in which layer of the chain bytes are."""
+        self.status_turn = Mutex()
+        """Held by the one BLOCK_STATUS request that is looking at the graph."""
         self.connections: set[BaseConnection] = set()
         self.quiet = False
         self.statistics = ExportStatistics()
