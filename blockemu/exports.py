@@ -46,6 +46,10 @@ class ExportSpec:
     """Whether clients are told that seeks are slow; None: what the host says of its device."""
     resizable: bool = False
     """Clients may change the size (NBD_CMD_RESIZE)."""
+    bitmaps: tuple[str, ...] = ()
+    """Dirty bitmaps of the node or its backing chain that clients may ask about."""
+    allocation_depth: bool = False
+    """Clients may ask in which layer of the chain bytes are."""
 
 
 class Export:
