@@ -26,6 +26,7 @@ from blockemu.export_traits import has_one_cache, is_rotational
 from blockemu.exports import Export, ExportSpec, ExportTable
 from blockemu.loop.coroutine import run_in_context
 from blockemu.loop.sync import WaitQueue
+from blockemu.nbd import export_contexts
 
 if TYPE_CHECKING:
     from blockemu.drivers.node import BlockDriverState
@@ -86,7 +87,7 @@ class ExportControl:
                 shared=Permission.ALL,
                 write_through=spec.write_through,
             )
-            return Export(
+            export = Export(
                 spec.name,
                 backend,
                 id=spec.id,
@@ -98,12 +99,20 @@ class ExportControl:
                 rotational=traits[1],
                 resizable=spec.resizable,
             )
+            try:
+                await export_contexts.offer(
+                    export, bitmaps=spec.bitmaps, allocation_depth=spec.allocation_depth
+                )
+            except BaseException:
+                await backend.close()
+                raise
+            return export
 
         export = await run_in_context(node.ctx, make)
         try:
             self._exports.add(export)
         except ValueError as error:
-            await run_in_context(node.ctx, export.backend.close)
+            await self._close(export)
             raise DaemonError("exports", str(error)) from error
         return export
 
@@ -128,6 +137,15 @@ class ExportControl:
         while self._exports.with_leaving():
             await self._gone.wait()
 
+    async def _close(self, export: Export) -> None:
+        """Let go of the node, in its context. Raises: OSError, when the last flush fails."""
+
+        async def close() -> None:
+            export_contexts.withdraw(export)
+            await export.backend.close()
+
+        await run_in_context(export.backend.ctx, close)
+
     async def _hurry(self, export: Export) -> None:
         await self._disconnect(export)
 
@@ -137,7 +155,7 @@ class ExportControl:
         else:
             await self._left_by_all(export)
         try:
-            await run_in_context(export.backend.ctx, export.backend.close)
+            await self._close(export)
         except OSError as error:
             log.error("export '%s': the last flush failed: %s", export.name, error.strerror)
         self._exports.forget(export)

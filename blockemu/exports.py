@@ -50,6 +50,10 @@ class ExportSpec:
     """Clients are told that they may come by several connections, where that is right."""
     write_through: bool = False
     """What is written is on stable storage before it is acknowledged."""
+    bitmaps: tuple[str, ...] = ()
+    """Dirty bitmaps of the node or its backing chain that clients may ask about."""
+    allocation_depth: bool = False
+    """Clients may ask in which layer of the chain bytes are."""
 
 
 class Export:

@@ -45,6 +45,8 @@ class NbdRequest:
     aio: str = "native"
     discard: str = "ignore"
     detect_zeroes: str = "off"
+    bitmaps: tuple[str, ...] = ()
+    allocation_depth: bool = False
     secrets: SecretTable = field(default_factory=SecretTable)
 
 
@@ -72,6 +74,8 @@ def config_of(request: NbdRequest, *, overlay: str | None = None) -> DaemonConfi
         # As qemu-nbd: where one client is let in, none is told that several may come.
         multi_conn=request.shared != 1,
         write_through=request.cache in WRITE_THROUGH,
+        bitmaps=request.bitmaps,
+        allocation_depth=request.allocation_depth,
     )
     # What is thrown away needn't be flushed.
     no_flush = request.cache == "unsafe" or overlay is not None

@@ -58,6 +58,22 @@ Examples:
 )
 @click.option("-t", "--persistent", is_flag=True, help="Don't end when the last client has left.")
 @click.option(
+    "-A",
+    "--allocation-depth",
+    is_flag=True,
+    help="Tell clients that ask in which image of the backing chain bytes are "
+    "(qemu:allocation-depth).",
+)
+@click.option(
+    "-B",
+    "--bitmap",
+    "bitmaps",
+    multiple=True,
+    metavar="NAME",
+    help="Tell clients that ask what this dirty bitmap holds (qemu:dirty-bitmap:NAME); may be "
+    "repeated.",
+)
+@click.option(
     "-o",
     "--offset",
     callback=read_size,
@@ -103,6 +119,8 @@ def serve(
     description: str,
     shared: int,
     persistent: bool,
+    allocation_depth: bool,
+    bitmaps: tuple[str, ...],
     offset: int,
     fmt: str | None,
     read_only: bool,
@@ -130,6 +148,8 @@ def serve(
         description=description,
         shared=shared,
         persistent=persistent,
+        allocation_depth=allocation_depth,
+        bitmaps=bitmaps,
         offset=offset,
         read_only=read_only or drive.snapshot is not None,
         snapshot=drive.snapshot,

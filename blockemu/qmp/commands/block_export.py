@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import enum
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from blockemu.drivers.errors import ImageError
@@ -53,6 +53,8 @@ class ExportAddArguments:
     writethrough: bool = False
     iothread: str | None = None
     fixed_iothread: bool = False
+    bitmaps: list[str] = field(default_factory=list)
+    allocation_depth: bool = False
     max_connections: int | None = None
     hidden: bool = False
     rotational: bool | None = None
@@ -90,6 +92,8 @@ async def block_export_add(session: Session, arguments: ExportAddArguments) -> d
         connections_max=arguments.max_connections,
         rotational=arguments.rotational,
         resizable=arguments.resizable,
+        bitmaps=tuple(arguments.bitmaps),
+        allocation_depth=arguments.allocation_depth,
     )
     await add_export(session, node, spec)
     return {}

@@ -90,6 +90,7 @@ class NbdServerAddArguments:
     name: str | None = None
     description: str = ""
     writable: bool = False
+    bitmap: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,7 @@ async def nbd_server_add(session: Session, arguments: NbdServerAddArguments) -> 
         # As QEMU has it: a read-only node is exported so, whatever was asked.
         writable=arguments.writable and not node.read_only,
         description=arguments.description,
+        bitmaps=() if arguments.bitmap is None else (arguments.bitmap,),
     )
     await add_export(session, node, spec)
     return {}

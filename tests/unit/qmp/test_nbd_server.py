@@ -302,3 +302,27 @@ def test_what_is_ours_alone_is_told_and_bounded(
     with pytest.raises(nbd.Error, match="server policy prevents NBD_OPT_GO"):
         second.connect_uri(uri)
     first.shutdown()
+
+
+def test_a_bitmap_is_offered_while_its_export_lives(
+    running: DaemonThread, qmp: Qmp, node_name: str, tmp_path: Path
+) -> None:
+    nbd = require_libnbd()
+    node: dict[str, Any] = {"node": node_name}
+    add: dict[str, Any] = {"type": "nbd", "id": "b", "node-name": node_name, "writable": True}
+    assert "is not found" in qmp("block-export-add", **add, bitmaps=["dirty"])
+    assert qmp("block-dirty-bitmap-add", **node, name="dirty") == {}
+    assert qmp("block-export-add", **add, name="b", bitmaps=["dirty"], allocation__depth=True) == {}
+    client = nbd.NBD()
+    client.set_opt_mode(True)
+    client.set_export_name("b")
+    client.connect_unix(str(tmp_path / "s"))
+    client.add_meta_context("qemu:")
+    offered: list[str] = []
+    client.opt_list_meta_context(lambda name: offered.append(name))
+    assert sorted(offered) == ["qemu:allocation-depth", "qemu:dirty-bitmap:dirty"]
+    client.opt_abort()
+    assert "is currently in use" in qmp("block-dirty-bitmap-remove", **node, name="dirty")
+    assert qmp("block-export-del", id="b", mode="hard") == {}
+    qmp.wait_deleted("b")
+    assert qmp("block-dirty-bitmap-remove", **node, name="dirty") == {}
