@@ -5,10 +5,11 @@ and write, who gets in, and how it ends.
 Differences, all of them:
 - a raw image whose length isn't one of sectors: qemu-nbd adds the rest of the last one;
 - sizes (`-o 1M`) may have suffixes;
-- what the server can do: DIFFERENT; an encrypted image's smallest block (512 bytes; ours aligns);
+- an encrypted image's smallest block: 512 bytes; ours aligns;
 - a client that names no export gets the one that there is, whatever it is called (so `-x name`
   doesn't hide it); qemu-nbd refuses;
 - wrong usage is exit status 2; qemu-nbd has 1 for everything (REFUSED);
+- bitmaps are offered in the order given; qemu-nbd turns it round;
 - `-b` is 127.0.0.1 by default, not 0.0.0.0, for NBD has no passwords; a unix socket is its owner's
   (0600) where qemu-nbd leaves it to the umask; `-k` may be relative;
 - `--aio` is native by default, and goes with the page cache, too;
@@ -40,9 +41,6 @@ MIB = 1 << 20
 BOTH = tuple(PROGRAMS)
 READY_S = 30.0
 
-DIFFERENT = {"structured", "contexts", "can_cache", "can_df", "can_fast_zero"}
-"""Keys of `nbdinfo --json` that aren't compared."""
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _peers() -> None:
@@ -57,7 +55,13 @@ def make_images(folder: Path) -> None:
     disk = QemuImg.create(folder / "disk.qcow2", 8 * MIB)
     QemuIo(disk, fmt="qcow2").run("write -P 1 1M 64k", "write -P 2 5M 128k")
     run_tool(["qemu-img", "snapshot", "-c", "before", disk])
+    run_tool(["qemu-img", "bitmap", "--add", "-f", "qcow2", disk, "b0"])
     QemuIo(disk, fmt="qcow2").run("write -P 3 1M 1M")
+    # Named as in the folders into which all of it is copied.
+    top = ["-b", disk.name, "-F", "qcow2", str(folder / "top.qcow2")]
+    run_tool(["qemu-img", "create", "-q", "-f", "qcow2", *top])
+    run_tool(["qemu-img", "bitmap", "--add", "-f", "qcow2", folder / "top.qcow2", "b1"])
+    QemuIo(folder / "top.qcow2", fmt="qcow2").run("write -P 4 6M 64k", "write -z 5M 64k")
     (folder / "key").write_text("sesame")
     # qemu-img takes its time to measure how many iterations there are to a moment.
     secret = ["--object", f"secret,id=sec0,file={folder / 'key'}"]
@@ -91,10 +95,13 @@ def describe(uri: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(run_tool(["nbdinfo", "--no-content", "--json", uri]).stdout)
     (export,) = found["exports"]
     del export["uri"]
-    for key in DIFFERENT:
-        found.pop(key, None)
-        export.pop(key, None)
+    export["contexts"].sort()
     return found
+
+
+def maps(uri: str, contexts: list[str]) -> dict[str, str]:
+    """The map of each meta context."""
+    return {name: run_tool(["nbdinfo", f"--map={name}", uri]).stdout for name in contexts}
 
 
 LINES = {
@@ -110,6 +117,8 @@ LINES = {
     "directsync": "-t --cache=directsync --detect-zeroes=on -f qcow2 @disk.qcow2",
     "unsafe": "-t --cache=unsafe --aio=threads -f qcow2 @disk.qcow2",
     "image-opts": "-t --image-opts driver=qcow2,file.driver=file,file.filename=@disk.qcow2",
+    "contexts": "-t -r -A -B b0 -B b1 -f qcow2 @top.qcow2",
+    "contexts of a disk": "-t --allocation-depth --bitmap=b0 -f qcow2 @disk.qcow2",
     "luks": "-t --object secret,id=s,file=@key --image-opts "
     "driver=luks,key-secret=s,file.driver=file,file.filename=@disk.luks",
 }
@@ -124,7 +133,7 @@ WRITES = (
 def test_a_command_line_serves_what_qemu_nbd_serves(
     folders: dict[str, Path], line: str, tmp_path: Path
 ) -> None:
-    said, read = {}, {}
+    said, read, mapped = {}, {}, {}
     with ExitStack() as stack:
         servers = {
             program: stack.enter_context(
@@ -139,6 +148,7 @@ def test_a_command_line_serves_what_qemu_nbd_serves(
         }
         for program, server in servers.items():
             said[program] = describe(server.uri)
+            mapped[program] = maps(server.uri, said[program]["exports"][0]["contexts"])
             copy = tmp_path / f"{program}.copy"
             NbdCopy.copy(server.uri, copy)
             read[program] = copy.read_bytes()
@@ -148,6 +158,7 @@ def test_a_command_line_serves_what_qemu_nbd_serves(
         for one in said.values():
             del one["exports"][0]["block_size_minimum"]
     assert said["blockemu"] == said["qemu-nbd"]
+    assert mapped["blockemu"] == mapped["qemu-nbd"]
     assert read["blockemu"] == read["qemu-nbd"]
     for name in ("disk.raw", "disk.qcow2"):
         fmt = name.removeprefix("disk.")
@@ -361,6 +372,7 @@ def test_a_unix_socket_is_its_owners_and_may_be_relative(
 REFUSED = {
     "-f raw @nosuch": (1, "No such file or directory"),
     "-f qcow2 @disk.raw": (1, "not a qcow2 image"),
+    "-f raw -B nosuch @disk.raw": (1, "Bitmap 'nosuch' is not found"),
     "-f raw -o 99999999 @disk.raw": (1, "lies past the disk's end"),
     "-f qcow2 -l nosuch @disk.qcow2": (1, "no snapshot"),
     "-f raw --detect-zeroes=unmap @disk.raw": (1, "goes with --discard unmap only"),
