@@ -2,8 +2,8 @@
 """Which of many L2 entries are data and which unallocated: all of a slice at once.
 
 A slice is taken as one large integer of 64-bit lanes, a lane an entry; the few questions to be
-asked of each entry are additions and masks of that integer, in which no lane spills into the next. That
-takes a tenth of what a loop over the entries takes, and a client that maps a large disk wants
+asked of each entry are additions and masks of that integer, in which no lane spills into the next.
+That takes a tenth of what a loop over the entries takes, and a client that maps a large disk wants
 millions of them.
 """
 
