@@ -50,7 +50,11 @@ static int nbd_must_wait(const struct nbd_connection *connection, unsigned comma
 
     if (connection->in_flight >= connection->limits.in_flight_requests_max)
         return 1;
-    if (held == 0 || (command != NBD_READ && command != NBD_WRITE))
+    if (command == NBD_BLOCK_STATUS)
+        length = connection->limits.status_reply_bytes_max;
+    else if (command != NBD_READ && command != NBD_WRITE)
+        return 0;
+    if (held == 0)
         return 0;
     return length > connection->limits.in_flight_bytes_max ||
            held > connection->limits.in_flight_bytes_max - length;
@@ -237,6 +241,7 @@ static enum nbd_stop_reason nbd_begin(struct nbd_connection *connection, struct 
         return NBD_STOP_END;
     }
     nbd_read_header(request, header, (uint64_t)connection->poll->now_ns);
+    nbd_reserve_answer(request);
     connection->start += header_bytes;
     budget->requests--;
     if (has_payload) {
