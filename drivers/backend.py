@@ -26,17 +26,30 @@ if TYPE_CHECKING:
     from blockemu.loop.aio_context import AioContext
 
 
-class BlockBackend:
-    """A named hold on `node`. Created and closed in the main context; used in `ctx`.
+OURS_ALONE = Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED
+"""What a user of a node lets others do who can't have its bytes change behind its back."""
 
+
+class BlockBackend:
+    """A named hold on `node`. Created and closed in `ctx`, or in the main context while nothing
+    runs there; used in `ctx`.
+
+    `shared` is what others may do with the node meanwhile. Without `reads` it is a hold that keeps
+    the node open, and no more. A drained section that runs on the node takes the backend in.
     Raises: ImageError, when another parent of the node forbids this one.
     """
 
     def __init__(
-        self, name: str, node: BlockDriverState, *, writable: bool, resizable: bool = False
+        self,
+        name: str,
+        node: BlockDriverState,
+        *,
+        writable: bool,
+        resizable: bool = False,
+        reads: bool = True,
+        shared: Permission = OURS_ALONE,
     ) -> None:
-        perm = Permission.CONSISTENT_READ
-        shared = Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED
+        perm = Permission.CONSISTENT_READ if reads else Permission.NONE
         if writable:
             perm |= Permission.WRITE
         if resizable:
@@ -51,6 +64,8 @@ class BlockBackend:
         self._resumed = WaitQueue()
         self._on_drained_begin: Callable[[], None] | None = None
         self._on_drained_end: Callable[[], None] | None = None
+        for section in list(node.drained_by):
+            section.take_in(self)
 
     def __repr__(self) -> str:
         return f"block backend '{self.name}'"
@@ -79,7 +94,10 @@ class BlockBackend:
     def set_dev_ops(
         self, on_drained_begin: Callable[[], None], on_drained_end: Callable[[], None]
     ) -> None:
-        """Be told when a drained section begins and ends, in the home thread."""
+        """Be told when a drained section begins and ends, in the home thread; at once, of one
+        that runs."""
+        if self._quiesced:
+            on_drained_begin()
         self._on_drained_begin = on_drained_begin
         self._on_drained_end = on_drained_end
 
@@ -198,11 +216,16 @@ class BlockBackend:
         Context: home thread of ctx, after the last request. Raises: OSError, if the last flush
         fails; everything is closed all the same.
         """
-        await self.drain()
         node = self.node
         try:
-            await node.flush()
+            while self._quiesced:
+                await self._resumed.wait()
+            if self.root.perm:
+                await self.drain()
+                await node.flush()
         finally:
+            for section in node.drained_by:
+                section.let_go(self)
             node.remove_parent(self.root)
             if not node.parents:
                 await node.close()

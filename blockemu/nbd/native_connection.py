@@ -291,5 +291,6 @@ def native_limits(limits: Limits, style: ReplyStyle) -> Any:
             "unsent_bytes_max": limits.unsent_bytes_max,
             "round_requests_max": limits.round_requests_max,
             "round_bytes_max": limits.round_bytes_max,
+            "status_reply_bytes_max": limits.status_reply_bytes_max,
         },
     )

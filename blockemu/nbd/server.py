@@ -47,7 +47,7 @@ class NbdServer:
         self._ctx = ctx
         self._exports = exports
         self._limits = limits
-        self._listeners: list[socket.socket] = []
+        self._listeners: dict[socket.socket, bool] = {}
         self._negotiating: set[NegotiationStream] = set()
         self._connections: set[BaseConnection] = set()
         self._accepting = False
@@ -60,10 +60,11 @@ class NbdServer:
         """Clients that are connected, in whichever phase."""
         return len(self._negotiating) + len(self._connections)
 
-    def listen(self, sock: socket.socket) -> None:
-        """Accept clients on `sock`, which is bound, listening and non-blocking, and ours now."""
+    def listen(self, sock: socket.socket, *, lists: bool = True) -> None:
+        """Accept clients on `sock`, which is bound, listening and non-blocking, and ours now.
+        `lists`: they are told what there is, if they ask."""
         assert not self._closing
-        self._listeners.append(sock)
+        self._listeners[sock] = lists
         self._watch(sock, self._accepting)
         self._update_accepting()
 
@@ -87,14 +88,19 @@ class NbdServer:
             await self._left.wait()
 
     async def disconnect(self, export: Export) -> None:
-        """Answer what is in flight, close the connections of one export. Suspends: as `close`."""
-        for connection in self._of(export):
-            connection.ctx.schedule_oneshot(connection.close)
-        while self._of(export):
-            await self._left.wait()
+        """Answer what is in flight, close the connections of one export, which is being removed.
 
-    def _of(self, export: Export) -> list[BaseConnection]:
-        return [connection for connection in self._connections if connection.export is export]
+        Suspends: as `close`.
+        """
+        for connection in self._connections:
+            if connection.export is export:
+                connection.ctx.schedule_oneshot(connection.close)
+        await self.left_by_all(export)
+
+    async def left_by_all(self, export: Export) -> None:
+        """Wait until nothing is left of an export's clients. Suspends: until then."""
+        while export.clients:
+            await self._left.wait()
 
     # --- accepting ---
 
@@ -124,7 +130,7 @@ class NbdServer:
                 self._accept_failed(error)
                 return
             sock.setblocking(False)
-            self._begin(sock, peer_name(sock, address))
+            self._begin(sock, peer_name(sock, address), lists=self._listeners[listener])
 
     def _accept_failed(self, error: OSError) -> None:
         log.warning("can't accept a client: %s", error.strerror)
@@ -137,20 +143,23 @@ class NbdServer:
 
     # --- a connection's way ---
 
-    def _begin(self, sock: socket.socket, peer: str) -> None:
-        tune(sock)
+    def _begin(self, sock: socket.socket, peer: str, *, lists: bool) -> None:
+        tune(sock, self._limits.keepalive)
         bytes_max = self._limits.negotiation_bytes_max
         stream = NegotiationStream(sock, self._ctx, bytes_max=bytes_max)
         self._negotiating.add(stream)
         self._update_accepting()
-        self._ctx.spawn(self._negotiate(sock, stream, peer), name="nbd-negotiation")
+        negotiation = Negotiation(stream, self._exports, self._limits, lists=lists)
+        self._ctx.spawn(self._negotiate(sock, stream, negotiation, peer), name="nbd-negotiation")
 
-    async def _negotiate(self, sock: socket.socket, stream: NegotiationStream, peer: str) -> None:
+    async def _negotiate(
+        self, sock: socket.socket, stream: NegotiationStream, negotiation: Negotiation, peer: str
+    ) -> None:
         timer = self._ctx.new_timer(lambda: stream.abort("negotiation took too long"))
         timer.arm(self._ctx.now_ns() + self._limits.negotiation_time_max_ns)
         session = None
         try:
-            session = await Negotiation(stream, self._exports, self._limits).run()
+            session = await negotiation.run()
         except NegotiationError as error:
             log.info("nbd client %s: %s", peer, error)
         except Exception:
@@ -158,11 +167,13 @@ class NbdServer:
         finally:
             timer.cancel()
             self._negotiating.discard(stream)
-            if session is None or self._closing:
+            if session is not None and not self._closing and not session.export.shutting_down:
+                self._hand_over(sock, session, peer)
+            else:
+                if session is not None:
+                    session.export.clients -= 1
                 sock.close()
                 self._gone()
-            else:
-                self._hand_over(sock, session, peer)
 
     def _hand_over(self, sock: socket.socket, session: Session, peer: str) -> None:
         """From here on the socket belongs to the export's context."""
@@ -178,6 +189,7 @@ class NbdServer:
 
     def _closed(self, connection: BaseConnection) -> None:
         self._connections.discard(connection)
+        connection.export.clients -= 1
         self._gone()
 
     def _gone(self) -> None:
