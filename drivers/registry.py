@@ -54,7 +54,7 @@ _BUILT_IN = {
 }
 
 _MAGIC = {"luks": b"LUKS\xba\xbe", "qcow2": b"QFI\xfb"}
-"""How images of the built-in formats that can be guessed begin. Who asks needn't load the others."""
+"""How images of the built-in formats that can be guessed begin. The others needn't be loaded."""
 
 _MADE_UP = "#block"
 _OF_ALL_BELOW = ("read-only", "force-share", "no-io")
