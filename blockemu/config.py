@@ -114,6 +114,8 @@ def serve_config(
     export_connections_max: int | None = None,
     rotational: bool | None = None,
     resizable: bool = False,
+    bitmaps: Sequence[str] = (),
+    allocation_depth: bool = False,
     address: Address | Sequence[Address] | None = None,
     listing: str = "all",
     control_path: str | None = None,
@@ -124,7 +126,10 @@ def serve_config(
     secrets: SecretTable | None = None,
 ) -> DaemonConfig:
     """The configuration of `blockemu serve`. `names` and `descriptions` are the images', in their
-    order; `hidden` and `default_export` are names of exports. Raises: DaemonError."""
+    order; `hidden` and `default_export` are names of exports, `bitmaps` those of every image.
+
+    Raises: DaemonError.
+    """
     if not paths:
         raise DaemonError("serve", "no image given")
     if len(paths) > IMAGES_MAX:
@@ -149,6 +154,8 @@ def serve_config(
                 connections_max=export_connections_max,
                 rotational=rotational,
                 resizable=resizable,
+                bitmaps=tuple(bitmaps),
+                allocation_depth=allocation_depth,
             )
         )
     others = _aliases(aliases, specs, limits)

@@ -53,7 +53,7 @@ class ExportSpec:
     bitmaps: tuple[str, ...] = ()
     """Dirty bitmaps of the node or its backing chain that clients may ask about."""
     allocation_depth: bool = False
-    """Clients may ask in which layer of the chain bytes are."""
+    """Clients may ask in which layer of the backing chain bytes are."""
 
 
 class Export:

@@ -16,6 +16,7 @@ from blockemu.drivers.child import BdrvChild, Permission, Role
 from blockemu.drivers.drain import DrainedSection
 from blockemu.drivers.driver import BlockStatus, RequestFlags
 from blockemu.drivers.errors import io_error
+from blockemu.drivers.known_zeroes import known_zeroes
 from blockemu.drivers.status_runs import StatusRuns, chain_runs
 from blockemu.loop.coroutine import run_in_context
 from blockemu.loop.sync import WaitQueue
@@ -159,6 +160,16 @@ class BlockBackend:
         """What the bytes from `offset` are in the whole chain, in bulk: status_runs.py."""
         await self._enter(offset, length)
         return await chain_runs(self.node, offset, length, runs_max=runs_max)
+
+    @property
+    def tells_zeroes(self) -> bool:
+        """Whether `known_zeroes` is worth a question, and free."""
+        return self.root.node.driver.tells_zeroes
+
+    async def known_zeroes(self, offset: int, length: int, *, worth: int) -> list[tuple[int, int]]:
+        """Where the range is known to be zeroes, at no cost: known_zeroes.py. Raises: OSError."""
+        await self._enter(offset, length)
+        return await known_zeroes(self.node, offset, length, worth=worth)
 
     async def _enter(self, offset: int, length: int, *, write: bool = False) -> None:
         """The door: wait while quiesced, then check against the size and the right to write."""
