@@ -81,6 +81,9 @@ class BlockDriver(ABC):
     host_file: HostFile | None = None
     """The host file whose bytes are this node's bytes, offset by offset, where there is one."""
 
+    multi_conn: bool = True
+    """All users of this node see one cache, and a flush by one covers what all have written."""
+
     metadata_share: Share | None = None
     """Of the daemon's memory for metadata, where the driver takes any."""
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from blockemu.drivers.direct_map import DirectMap
     from blockemu.drivers.dirty_bitmap import DirtyBitmap
+    from blockemu.drivers.drain import DrainedSection
     from blockemu.drivers.status_runs import StatusRuns
     from blockemu.loop.aio_context import AioContext
 
@@ -86,6 +87,8 @@ class BlockDriverState:
         """How writes of zeroes are passed on as write-zeroes; None: as they are."""
         self.on_closed: Callable[[], object] = lambda: None
         self.in_flight = 0
+        self.drained_by: list[DrainedSection] = []
+        """The drained sections that hold this node quiet now."""
         self.mapped_by: list[DirectMap] = []
         """Direct maps that point into this node's host file, past this node. Changed by `add_map`
         and `remove_map`."""

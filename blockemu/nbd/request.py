@@ -24,10 +24,12 @@ from blockemu.nbd.commands import (
     FLUSH,
     FUA,
     READ,
+    RESIZE,
     WRITE,
     data_bytes,
 )
 from blockemu.nbd.reply_style import Failure
+from blockemu.nbd.resize import resize_export
 from blockemu.nbd.sparse_read import PieceError, may_have_holes, read_around_holes
 
 if TYPE_CHECKING:
@@ -145,6 +147,8 @@ class Request:
         flags = RequestFlags.FUA if self.flags & FUA else RequestFlags.NONE
         if command == FLUSH:
             await backend.flush()
+        elif command == RESIZE:
+            await resize_export(self.connection.export, offset)
         elif not length:
             return
         elif command == READ:

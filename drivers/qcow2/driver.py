@@ -409,9 +409,15 @@ class Qcow2Driver(BlockDriver):
         host = data.mapped_file
         if host is None or self.cluster_size < host.request_alignment:
             return None
+        shown = self.image.reader.shown
         made = DirectMap(
-            host, page_bits=self._bits, length=self.length_bytes, pages_max=self._pages_max
+            host,
+            page_bits=self._bits,
+            length=self.length_bytes,
+            pages_max=self._pages_max,
+            words=None if shown is None else shown.words,
         )
+        made.fill = self.image.reader.fill
         self.image.reader.direct_map = made
         self.image.reader.maps_writes = self.node.maps_writes and data.node.maps_writes
         return made, data.node

@@ -34,11 +34,12 @@ enum {
 #define AIO_WAIT_NS (INT64_C(20) * 1000000000) /* for an answer of the kernel's */
 
 static struct nbd_limits const all_limits[] = {
-    /* request, discard, in flight, parts, bytes in flight, unsent, requests and bytes per round */
-    {256 << 10, 300 << 10, 16, 64, 512 << 10, 128 << 10, 16, 256 << 10},
-    {70 << 10, 140 << 10, 4, 8, 80 << 10, 20 << 10, 3, 64 << 10},
-    {8 << 10, 16 << 10, 2, 2, 6 << 10, 4 << 10, 1, 1},
-    {128 << 10, 64 << 10, 128, 512, 256 << 10, 64 << 10, 128, 2 << 20},
+    /* request, discard, in flight, parts, bytes in flight, unsent, requests and bytes per round,
+     * answer to a BLOCK_STATUS */
+    {256 << 10, 300 << 10, 16, 64, 512 << 10, 128 << 10, 16, 256 << 10, 2 << 10},
+    {70 << 10, 140 << 10, 4, 8, 80 << 10, 20 << 10, 3, 64 << 10, 2 << 10},
+    {8 << 10, 16 << 10, 2, 2, 6 << 10, 4 << 10, 1, 1, 2 << 10},
+    {128 << 10, 64 << 10, 128, 512, 256 << 10, 64 << 10, 128, 2 << 20, 2 << 10},
 };
 
 /* --- the input --- */

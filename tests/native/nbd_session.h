@@ -90,6 +90,7 @@ static void check_session(const struct session *session)
     CHECK(connection->in_flight <= limits->in_flight_requests_max);
     if (bytes_max < limits->request_length_max)
         bytes_max = limits->request_length_max;
+    bytes_max += limits->status_reply_bytes_max; /* of one that came alone, with a payload */
     CHECK(connection->in_flight_bytes <= bytes_max);
     if (session->is_answered && !session->is_closed)
         CHECK(!nbd_is_busy(connection));
