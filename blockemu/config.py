@@ -57,6 +57,10 @@ class ImageConfig:
     detect_zeroes: str = "off"
     overlap_check: str | None = None
     """Of qcow2 images; None: the driver's default."""
+    no_flush: bool = False
+    """Flushes do nothing: for an image that is thrown away."""
+    offset: int = 0
+    """Bytes at the disk's start that are left out."""
 
     @property
     def export_name(self) -> str:
@@ -76,6 +80,8 @@ class DaemonConfig:
     addresses: tuple[Address, ...] = (TcpAddress(),)
     listing: str = "all"
     """One of LISTINGS."""
+    until_last_client: bool = False
+    """End when the last client has left, once there was one."""
     control_path: str | None = None
     control_sockets: tuple[InheritedAddress, ...] = ()
     """Control sockets that we were started with."""

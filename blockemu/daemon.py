@@ -28,7 +28,7 @@ from blockemu.drivers.metadata_budget import MetadataBudget
 from blockemu.drivers.node import BlockDriverState
 from blockemu.drivers.registry import Opener
 from blockemu.export_control import ExportControl
-from blockemu.exports import Export, ExportTable
+from blockemu.exports import Export, ExportSpec, ExportTable
 from blockemu.img.size import format_size
 from blockemu.listen import listen_unix, remove_unix_path
 from blockemu.loop.aio_context import AioContext
@@ -80,7 +80,7 @@ class Daemon:
         self.port = 0
         """The TCP port that was given to us, once we listen."""
         self._paths: dict[str, str] = {}
-        """Where the image of an export lies, by the export's id."""
+        """Where the image of a node of ours lies, by the node's name."""
         self._stopping = Event()
         self._watcher: SignalWatcher | None = None
 
@@ -162,17 +162,25 @@ class Daemon:
         nodes = [await self._open_image(image, undo) for image in config.images]
         undo.push_async_callback(self.export_control.close_all)
         for image, node in zip(config.images, nodes, strict=True):
-            export = await self.export_control.add(node, image.export)
-            self._paths[export.id] = image.path
+            await self.add_export(node, image.export)
+            self._paths[node.node_name] = image.path
         for alias in config.aliases:
             other = self.exports.get(alias.of)
             assert other is not None, alias
-            export = await self.export_control.add(other.backend.node, alias.spec)
-            self._paths[export.id] = self._paths[other.id]
-        self.nbd.start(config.addresses, config.limits, listing=config.listing)
+            await self.add_export(other.backend.node, alias.spec)
+        self.nbd.start(
+            config.addresses,
+            config.limits,
+            listing=config.listing,
+            on_last_gone=self.stop if config.until_last_client else None,
+        )
         undo.push_async_callback(self.nbd.stop)
         self.port = next((found.port for found in self.nbd.listeners if found.port), 0)
         self._listen_for_control(undo)
+
+    async def add_export(self, node: BlockDriverState, spec: ExportSpec) -> Export:
+        """Offer a node. Suspends, raises: as ExportControl.add."""
+        return await self.export_control.add(node, spec)
 
     def _listen_for_control(self, undo: AsyncExitStack) -> None:
         config = self.config
@@ -196,7 +204,6 @@ class Daemon:
         control.close()
 
     def _export_deleted(self, id: str) -> None:
-        self._paths.pop(id, None)
         if self.control is not None:
             self.control.broadcast_event("BLOCK_EXPORT_DELETED", {"id": id})
 
@@ -213,6 +220,8 @@ class Daemon:
             discard=image.discard,
             detect_zeroes=image.detect_zeroes,
             overlap_check=image.overlap_check,
+            no_flush=image.no_flush,
+            offset=image.offset,
         )
         hold = BlockBackend(image.path, node, writable=False, reads=False, shared=Permission.ALL)
         undo.push_async_callback(self._let_go, image.path, hold)
@@ -257,5 +266,5 @@ class Daemon:
         backend = export.backend
         access = "read-only" if export.read_only else "read-write"
         size = format_size(backend.length_bytes)
-        path = self._paths[export.id]
+        path = self._paths[backend.node.node_name]
         return f"({backend.node.driver.name}, {size}, {access}): {path}"

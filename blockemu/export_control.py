@@ -16,7 +16,6 @@ from __future__ import annotations
 import enum
 import logging
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.backend import BlockBackend
@@ -81,14 +80,20 @@ class ExportControl:
         traits = has_one_cache(node), self._rotational(node, spec)
 
         async def make() -> Export:
-            backend = BlockBackend(spec.name, node, writable=spec.writable, shared=Permission.ALL)
+            backend = BlockBackend(
+                spec.name,
+                node,
+                writable=spec.writable,
+                shared=Permission.ALL,
+                write_through=spec.write_through,
+            )
             export = Export(
                 spec.name,
                 backend,
                 id=spec.id,
                 read_only=not spec.writable,
                 description=spec.description,
-                multi_conn=traits[0],
+                multi_conn=traits[0] and spec.multi_conn,
                 hidden=spec.hidden,
                 connections_max=spec.connections_max,
                 rotational=traits[1],
@@ -107,7 +112,7 @@ class ExportControl:
         try:
             self._exports.add(export)
         except ValueError as error:
-            await run_in_context(node.ctx, partial(_close, export))
+            await self._close(export)
             raise DaemonError("exports", str(error)) from error
         return export
 
@@ -132,6 +137,15 @@ class ExportControl:
         while self._exports.with_leaving():
             await self._gone.wait()
 
+    async def _close(self, export: Export) -> None:
+        """Let go of the node, in its context. Raises: OSError, when the last flush fails."""
+
+        async def close() -> None:
+            export_contexts.withdraw(export)
+            await export.backend.close()
+
+        await run_in_context(export.backend.ctx, close)
+
     async def _hurry(self, export: Export) -> None:
         await self._disconnect(export)
 
@@ -141,15 +155,9 @@ class ExportControl:
         else:
             await self._left_by_all(export)
         try:
-            await run_in_context(export.backend.ctx, partial(_close, export))
+            await self._close(export)
         except OSError as error:
             log.error("export '%s': the last flush failed: %s", export.name, error.strerror)
         self._exports.forget(export)
         self._gone.wake_all()
         self._on_deleted(export.id)
-
-
-async def _close(export: Export) -> None:
-    """No client is left. Context: home thread of the backend's context. Raises: OSError."""
-    export_contexts.withdraw(export)
-    await export.backend.close()

@@ -46,6 +46,10 @@ class ExportSpec:
     """Whether clients are told that seeks are slow; None: what the host says of its device."""
     resizable: bool = False
     """Clients may change the size (NBD_CMD_RESIZE)."""
+    multi_conn: bool = True
+    """Clients are told that they may come by several connections, where that is right."""
+    write_through: bool = False
+    """What is written is on stable storage before it is acknowledged."""
     bitmaps: tuple[str, ...] = ()
     """Dirty bitmaps of the node or its backing chain that clients may ask about."""
     allocation_depth: bool = False
@@ -103,13 +107,6 @@ class Export:
         self.read_only = read_only or not backend.writable
         self.description = description
         self.multi_conn = multi_conn
-        self.bitmaps: tuple[DirtyBitmap, ...] = ()
-        """Dirty bitmaps that clients may ask about. Set by nbd/export_contexts.py, before clients
-        come, as is `allocation_depth`."""
-        self.allocation_depth = False
-        """Clients may ask in which layer of the chain bytes are."""
-        self.status_turn = Mutex()
-        """Held by the one BLOCK_STATUS request that is looking at the graph."""
         self.hidden = hidden
         self.connections_max = connections_max
         self.rotational = rotational
@@ -118,6 +115,13 @@ class Export:
         """It was removed: nobody gets in any more."""
         self.clients = 0
         """Clients that have chosen it, from their choice until nothing is left of them."""
+        self.bitmaps: tuple[DirtyBitmap, ...] = ()
+        """Dirty bitmaps that clients may ask about. Set by nbd/export_contexts.py, before clients
+        come, as is `allocation_depth`."""
+        self.allocation_depth = False
+        """Clients may ask in which layer of the chain bytes are."""
+        self.status_turn = Mutex()
+        """Held by the one BLOCK_STATUS request that is looking at the graph."""
         self.connections: set[BaseConnection] = set()
         self.quiet = False
         self.statistics = ExportStatistics()
@@ -209,6 +213,10 @@ class ExportTable:
         if self.default_name is not None:
             return self._offered.get(self.default_name)
         return next((export for export in self._offered.values() if not export.hidden), None)
+
+    def has(self, name: str) -> bool:
+        """Whether one has this very name."""
+        return name in self._offered
 
     def by_id(self, id: str) -> Export | None:
         """The export that QMP calls so; also one that is being removed."""

@@ -219,16 +219,17 @@ class Negotiation:
         refusal = export.refusal(self._limits.export_connections_max)
         if refusal is not None:
             raise NegotiationError(refusal)
-        self._choose(export)
-        flags = transmission_flags(export, self._style, self._contexts.on(export))
+        session = self._choose(export)
+        flags = transmission_flags(export, self._style, session.contexts)
         reply = EXPORT_NAME_REPLY.pack(export.backend.length_bytes, flags)
         await self._stream.send(reply if self._no_zeroes else reply + EXPORT_NAME_ZEROES)
         return False
 
-    def _choose(self, export: Export) -> None:
-        """The client gets in, unless it doesn't live to hear of it."""
+    def _choose(self, export: Export) -> Session:
+        """The client gets in, on these terms, unless it doesn't live to hear of it."""
         export.clients += 1
         self._session = Session(export, self._style, self._contexts.on(export))
+        return self._session
 
     async def _abort(self, option: int, data: bytes) -> bool:
         try:

@@ -51,9 +51,15 @@ class NbdServer:
         self._negotiating: set[NegotiationStream] = set()
         self._connections: set[BaseConnection] = set()
         self._accepting = False
+        # The host is out of descriptors or memory, and the timer runs.
+        self._exhausted = False
+        # Since when that is so, as was logged; None when the last client was accepted.
+        self._exhausted_since_ns: int | None = None
         self._closing = False
+        self._on_last_gone: Callable[[], None] | None = None
+        self._has_served = False
         self._left = WaitQueue()
-        self._retry = ctx.new_timer(self._update_accepting)
+        self._retry = ctx.new_timer(self._try_again)
 
     @property
     def connection_count(self) -> int:
@@ -67,6 +73,11 @@ class NbdServer:
         self._listeners[sock] = lists
         self._watch(sock, self._accepting)
         self._update_accepting()
+
+    def end_with_last_client(self, on_last_gone: Callable[[], None]) -> None:
+        """Accept nobody any more when the last client has left and at least one was served;
+        `on_last_gone` is called then."""
+        self._on_last_gone = on_last_gone
 
     async def close(self) -> None:
         """Stop listening, answer what is in flight, close all connections.
@@ -106,7 +117,11 @@ class NbdServer:
 
     def _update_accepting(self) -> None:
         """Watch the listening sockets, or don't."""
-        accepting = not self._closing and self.connection_count < self._limits.connections_max
+        accepting = (
+            not self._closing
+            and not self._exhausted
+            and self.connection_count < self._limits.connections_max
+        )
         if accepting != self._accepting:
             self._accepting = accepting
             for sock in self._listeners:
@@ -129,17 +144,37 @@ class NbdServer:
             except OSError as error:
                 self._accept_failed(error)
                 return
+            if self._exhausted_since_ns is not None:
+                self._accepts_again()
             sock.setblocking(False)
             self._begin(sock, peer_name(sock, address), lists=self._listeners[listener])
 
     def _accept_failed(self, error: OSError) -> None:
-        log.warning("can't accept a client: %s", error.strerror)
         if error.errno not in _HOST_EXHAUSTED:
+            log.warning("can't accept a client: %s", error.strerror)
             return
-        self._accepting = False
-        for sock in self._listeners:
-            self._watch(sock, False)
+        if self._exhausted_since_ns is None:
+            self._exhausted_since_ns = self._ctx.now_ns()
+            log.warning(
+                "can't accept clients: %s; %d are connected, the others wait",
+                error.strerror,
+                self.connection_count,
+            )
+        self._exhausted = True
+        self._update_accepting()
         self._retry.arm(self._ctx.now_ns() + ACCEPT_RETRY_NS)
+
+    def _try_again(self) -> None:
+        """Some time has passed, or a descriptor of ours is free."""
+        self._exhausted = False
+        self._retry.cancel()
+        self._update_accepting()
+
+    def _accepts_again(self) -> None:
+        assert self._exhausted_since_ns is not None
+        waited_ns = self._ctx.now_ns() - self._exhausted_since_ns
+        self._exhausted_since_ns = None
+        log.warning("clients are accepted again, after %.1f s", waited_ns / 10**9)
 
     # --- a connection's way ---
 
@@ -185,6 +220,7 @@ class NbdServer:
             sock, session, limits=self._limits, on_closed=closed, peer=peer
         )
         self._connections.add(connection)
+        self._has_served = True
         connection.ctx.schedule_oneshot(connection.start)
 
     def _closed(self, connection: BaseConnection) -> None:
@@ -193,7 +229,11 @@ class NbdServer:
         self._gone()
 
     def _gone(self) -> None:
-        self._update_accepting()
+        if self._on_last_gone is not None and self._has_served and not self.connection_count:
+            on_last_gone, self._on_last_gone = self._on_last_gone, None
+            self._closing = True
+            on_last_gone()
+        self._try_again()
         self._left.wake_all()
 
 

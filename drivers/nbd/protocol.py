@@ -142,6 +142,7 @@ class Command(enum.IntEnum):
     NBD_CMD_CACHE = 5
     NBD_CMD_WRITE_ZEROES = 6
     NBD_CMD_BLOCK_STATUS = 7
+    NBD_CMD_RESIZE = 8
 
 
 class CommandFlag(enum.IntFlag):
