@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from blockemu.drivers.chain_status import backing_node, chain_status
 from blockemu.drivers.driver import RequestFlags
-from blockemu.drivers.qcow2 import status_walk
 from blockemu.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, ZERO
-from blockemu.drivers.qcow2.plain_entries import edges_of, find_data
+from blockemu.drivers.qcow2.plain_entries import PlainEntries
 from blockemu.drivers.status_runs import (
     ALLOCATED,
     BITS_MASK,
@@ -132,15 +131,12 @@ async def states_in_bulk(disk: Disk, runs_max: int, start: int) -> list[int]:
     layers=st.lists(LAYER, min_size=1, max_size=3),
     runs_max=st.sampled_from([1, 2, 20, 1000]),
     start=st.integers(0, DISK_BYTES // SECTOR - 1),
-    wide=st.booleans(),
 )
 def test_bulk_says_what_single_questions_say(
-    layers: list[dict[str, Any]], runs_max: int, start: int, wide: bool
+    layers: list[dict[str, Any]], runs_max: int, start: int
 ) -> None:
     ctx = AioContext("test")
     ctx.adopt()
-    rooms = status_walk.ROOM_MIN
-    status_walk.ROOM_MIN = 1 if wide else rooms  # type: ignore[misc]
     try:
         disk = make_chain(Images(ctx), layers)
         expected = ctx.run(expected_states(disk))
@@ -152,7 +148,6 @@ def test_bulk_says_what_single_questions_say(
                 assert not any(content[sector * SECTOR : (sector + 1) * SECTOR])
         disk.close()
     finally:
-        status_walk.ROOM_MIN = rooms  # type: ignore[misc]
         ctx.close()
 
 
@@ -189,28 +184,30 @@ ENTRIES = st.lists(
 
 
 @given(
-    entries=ENTRIES, start=st.sampled_from([0, 1, 1 << 16, 500 << 16]),
+    entries=ENTRIES,
+    start=st.sampled_from([0, 1, 1 << 16, 500 << 16]),
     end=st.sampled_from([-1, 0, 1 << 16, 700 << 16, 1 << 40]),
-)  # fmt: skip
-def test_entries_are_told_apart_as_one_by_one(entries: list[int], start: int, end: int) -> None:
+    runs_max=st.sampled_from([0, 1, 3, 1 << 20]),
+)
+def test_plain_entries_are_told_apart(
+    entries: list[int], start: int, end: int, runs_max: int
+) -> None:
     odd = ZERO | COMPRESSED | 0x3F00_0000_0000_01FE | 0xFE00
-    expected: bytes | None = bytes(bool(word & OFFSET_MASK) for word in entries)
+    expected, taken = StatusRuns(), 0
     for word in entries:
         host = word & OFFSET_MASK
         if word & odd or (host and not start <= host < end):
-            expected = None
-    # With a window that begins behind its end, a slice of nothing may be refused, too.
-    found = find_data(array("Q", entries), odd=odd, start=start, end=end)
-    assert found == expected or (found is None and end <= 0)
-
-
-@given(flags=st.lists(st.sampled_from([0, 1]), min_size=1, max_size=70))
-def test_edges_are_where_something_changes(flags: list[int]) -> None:
-    expected = [0]
-    for index in range(1, len(flags)):
-        if flags[index] != flags[index - 1]:
-            expected.append(index * 512)
-    assert edges_of(bytes(flags), 512) == [*expected, len(flags) * 512]
+            break
+        if len(expected) == runs_max and (not expected or expected.states[-1] != bool(host)):
+            break
+        expected.add(1 << 16, bool(host))
+        taken += 1
+    plain = PlainEntries(odd=odd, cluster_size=1 << 16)
+    words = array("Q", entries)
+    found = plain.runs(words, start=start, end=end, runs_max=runs_max)
+    assert (found[0], found[2]) == (taken, expected.lengths)
+    if taken:
+        assert found[1] == expected.states[0]
 
 
 # --- runs ---
