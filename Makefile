@@ -102,8 +102,8 @@ image-test: bootstrap
 
 clean:
 	rm -rf .venv build dist *.egg-info demo.qcow2 .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f loop/*.so drivers/*.so drivers/crypto/*.so blockemu/nbd/*.so
+	rm -f loop/*.so drivers/*.so drivers/crypto/*.so drivers/qcow2/*.so blockemu/nbd/*.so
 	rm -f $(foreach module,loop/_libaio loop/_poll drivers/_direct_map \
-		drivers/crypto/_xts_mask blockemu/nbd/_transmission,\
+		drivers/crypto/_xts_mask drivers/qcow2/_plain_entries blockemu/nbd/_transmission,\
 		$(module).c $(module).o)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -26,6 +26,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from blockemu.drivers.driver import BlockStatus
     from blockemu.drivers.node import BlockDriverState
 
@@ -39,30 +41,53 @@ BITS_MASK: Final = (1 << DEPTH_SHIFT) - 1
 class StatusRuns:
     """Runs that follow one another; neighbours differ in their states."""
 
-    __slots__ = ("lengths", "states")
+    __slots__ = ("_codes", "_table", "lengths")
 
     def __init__(self) -> None:
         self.lengths: list[int] = []
-        self.states: list[int] = []
+        self._codes: list[int] = []
+        # What the codes stand for; None: they are the states themselves. A table costs nothing for
+        # each run, and most runs are only ever looked at through `meanings`.
+        self._table: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def states(self) -> list[int]:
+        """The state of each run."""
+        if self._table is not None:
+            self._codes = list(map(self._table.__getitem__, self._codes))
+            self._table = None
+        return self._codes
+
+    def translate(self, table: list[int]) -> None:
+        """Each state is the one that the table has at its place: others for others."""
+        self._codes, self._table = self.states, table
+
+    def meanings(self, meaning: Callable[[int], int]) -> tuple[list[int], bool]:
+        """(what each state means, whether neighbours are known to differ in that, too)."""
+        codes, table = self._codes, self._table
+        found = {code: meaning(code if table is None else table[code]) for code in set(codes)}
+        return list(map(found.__getitem__, codes)), len({*found.values()}) == len(found)
+
     def add(self, length: int, state: int) -> None:
         """One more run, or the last one made longer. `length` isn't 0."""
-        if self.states and self.states[-1] == state:
+        states = self.states
+        if states and states[-1] == state:
             self.lengths[-1] += length
         else:
             self.lengths.append(length)
-            self.states.append(state)
+            states.append(state)
 
     def extend(self, lengths: list[int], states: list[int]) -> None:
         """More runs, at least one, which are in these two states by turns."""
-        if self.states and self.states[-1] == states[0]:
+        mine = self.states
+        if mine and mine[-1] == states[0]:
             self.lengths[-1] += lengths[0]
             lengths, states = lengths[1:], states[::-1]
         self.lengths += lengths
-        self.states += (states * (len(lengths) // 2 + 1))[: len(lengths)]
+        mine += (states * (len(lengths) // 2 + 1))[: len(lengths)]
 
     @property
     def length_bytes(self) -> int:
@@ -74,7 +99,7 @@ class StatusRuns:
         excess = self.length_bytes - length
         while excess > 0 and self.lengths[-1] <= excess:
             excess -= self.lengths.pop()
-            self.states.pop()
+            self._codes.pop()
         if excess > 0:
             self.lengths[-1] -= excess
 
@@ -103,7 +128,7 @@ async def chain_runs(
     with node.busy():
         runs = await _layer_runs(node, offset, length, runs_max=runs_max, depth=1)
         depth = 1
-        while (gap := _gap(runs)) is not None:
+        while "backing" in node.children and (gap := _gap(runs)) is not None:
             node, depth = node.children["backing"].node, depth + 1
             start, end = gap
             below = await _layer_runs(
@@ -126,7 +151,7 @@ async def _layer_runs(
     else:
         for state in (0, DATA, ZERO, DATA | ZERO):
             states[state] = state
-    runs.states = list(map(states.__getitem__, runs.states))
+    runs.translate(states)
     return runs
 
 

@@ -46,8 +46,15 @@ _ALLOCATION: Final = [
         | (AllocationState.NBD_STATE_ZERO if state & ZERO else AllocationState(0))
     )
     for state in range(BITS_MASK + 1)
-] * 64
-"""What base:allocation says, by state, for chains of usual lengths."""
+]
+"""What base:allocation says, by the bits of a state."""
+
+_MEANINGS: Final[dict[Kind, Callable[[int], int]]] = {
+    Kind.ALLOCATION: lambda state: _ALLOCATION[state & BITS_MASK],
+    Kind.DEPTH: lambda state: state >> DEPTH_SHIFT,
+    Kind.BITMAP: lambda state: state,
+}
+"""From the state of a run to what the context says."""
 
 _SELECTION: Final = struct.Struct(">Q")
 """The payload of a request that chooses contexts: the length; then u32 ids."""
@@ -75,10 +82,11 @@ class Extents:
         if self.is_full:
             return
         lengths, states = self.lengths, self.states
-        more, more_states = runs.lengths, self._meaning(runs.states)
+        more = runs.lengths
+        more_states, differ = runs.meanings(self._meaning)
         room = self._extents_max - len(lengths)
         last = states[-1] if states else -1
-        if len(more_states) <= room and len(set(more_states)) == len(set(runs.states)):
+        if differ and len(more) <= room:
             # Runs that differ differ here, too, as is usual: only the seam may need mending.
             if last == more_states[0]:
                 lengths[-1] += more[0]
@@ -97,27 +105,6 @@ class Extents:
             else:
                 self.is_full = True
                 return
-
-
-def _allocation(states: list[int]) -> list[int]:
-    if max(states) >= len(_ALLOCATION):
-        return [_ALLOCATION[state & BITS_MASK] for state in states]
-    return list(map(_ALLOCATION.__getitem__, states))
-
-
-def _depth(states: list[int]) -> list[int]:
-    return [state >> DEPTH_SHIFT for state in states]
-
-
-def _as_is(states: list[int]) -> list[int]:
-    return states
-
-
-_MEANINGS: Final[dict[Kind, Callable[[list[int]], list[int]]]] = {
-    Kind.ALLOCATION: _allocation,
-    Kind.DEPTH: _depth,
-    Kind.BITMAP: _as_is,
-}
 
 
 async def answer(request: Request) -> list[bytes | memoryview]:

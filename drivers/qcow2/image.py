@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from blockemu.drivers.child import BdrvChild
     from blockemu.drivers.qcow2.encryption import Encryption
     from blockemu.drivers.qcow2.options import Options
+    from blockemu.drivers.qcow2.plain_entries import PlainEntries
     from blockemu.loop.buffers import BufferPool
 
 
@@ -94,6 +95,8 @@ class Image:
     """The file that `data` is in, if that is not `file`."""
     preallocated: bool | None = None
     """Clusters may be holes in the file (preallocation.py); None until somebody asks."""
+    plain_entries: PlainEntries | None = None
+    """What block status in bulk reads entries by; None until somebody asks."""
 
     @property
     def header(self) -> Header:

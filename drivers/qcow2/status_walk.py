@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block status in bulk: a walk through L2 slices that turns entries into runs (status_runs.py).
 
-Most entries are plain: unallocated, or data in whole clusters. Of those a loop makes runs, a slice
-at a time, without a call for any. Others (compressed, zeroes, extended entries, those of an
+Most entries are plain: unallocated, or data in whole clusters. Of those C makes runs, a slice at a
+time (plain_entries.py). Others (compressed, zeroes, extended entries, those of an
 external data file, damaged ones) are resolved one by one, as a read would.
 
 An image that looks preallocated names clusters which its file may never have been given
@@ -19,19 +19,16 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from itertools import accumulate
-from operator import sub
 from typing import TYPE_CHECKING, Final
 
 from blockemu.drivers.qcow2.cluster_map import ClusterMap, Extent, Kind
 from blockemu.drivers.qcow2.layout import COMPRESSED, L2_RESERVED, OFFSET_MASK, ZERO
-from blockemu.drivers.qcow2.plain_entries import edges_of, find_data
+from blockemu.drivers.qcow2.plain_entries import PlainEntries
 from blockemu.drivers.qcow2.preallocation import looks_preallocated
 from blockemu.drivers.status_runs import ALLOCATED, DATA, StatusRuns
 from blockemu.drivers.status_runs import ZERO as READS_ZERO
 
 if TYPE_CHECKING:
-    from array import array
-
     from blockemu.drivers.qcow2.image import Image
     from blockemu.drivers.qcow2.table_cache import Slice
 
@@ -43,9 +40,6 @@ LOOK_BELOW_BYTES: Final = 1 << 30
 
 LOOK_BELOW_RUNS: Final = 256
 """The same, if it is in pieces."""
-
-ROOM_MIN: Final = 16
-"""With room for fewer runs, entries are looked at one by one: the bound may be near."""
 
 _IS_DATA: Final = ALLOCATED | DATA
 _STATES: Final = {
@@ -96,8 +90,11 @@ class _Walk:
         self._file = image.file
         self._is_plain = type(image.clusters) is ClusterMap
         """Entries are single words, and name clusters of the image's own file."""
-        self._odd = COMPRESSED | L2_RESERVED | ZERO | OFFSET_MASK & (layout.cluster_size - 1)
-        """An entry without any of these bits is unallocated or data."""
+        if image.plain_entries is None:
+            misplaced = OFFSET_MASK & (layout.cluster_size - 1)
+            odd = COMPRESSED | L2_RESERVED | ZERO | misplaced
+            image.plain_entries = PlainEntries(odd=odd, cluster_size=layout.cluster_size)
+        self._plain = image.plain_entries
 
     async def go(self, position: int, end: int) -> None:
         """Walk from `position` on, as far as the bounds let us. Raises: OSError."""
@@ -141,46 +138,14 @@ class _Walk:
         first = (position >> self._bits) % self._clusters.slice_entries
         words = found.words[first : first + (stop - position >> self._bits)]
         below = self.below
-        seen = (0, self._file.length, _IS_DATA) if below is None else below.window
-        room = self._runs_max - len(self.runs)
-        if room < ROOM_MIN:
-            return position + self._add_entries(words, seen, room)
-        is_data = find_data(words, odd=self._odd, start=seen[0], end=seen[1] - self._mask)
-        if is_data is None:
-            return position + self._add_entries(words, seen, room)
-        edges = edges_of(is_data, self._mask + 1)[: room + 1]
-        states = [seen[2], self._absent] if is_data[0] else [self._absent, seen[2]]
-        self.runs.extend(list(map(sub, edges[1:], edges)), states)
-        return position + edges[-1]
-
-    def _add_entries(self, words: array[int], seen: tuple[int, int, int], room: int) -> int:
-        """The same, entry by entry. Returns how many bytes of the disk that was."""
-        lengths, states = self.runs.lengths, self.runs.states
-        last = states[-1] if states else -1
-        size, odd, absent = self._mask + 1, self._odd, self._absent
-        seen_start, seen_end, seen_state = seen
-        added = 0
-        for word in words:
-            if word & odd:
-                break
-            host = word & OFFSET_MASK
-            if not host:
-                state = absent
-            elif seen_start <= host and host + size <= seen_end:
-                state = seen_state
-            else:
-                break
-            if state == last:
-                lengths[-1] += size
-            else:
-                if not room:
-                    break
-                room -= 1
-                lengths.append(size)
-                states.append(state)
-                last = state
-            added += size
-        return added
+        start, end, state = (0, self._file.length, _IS_DATA) if below is None else below.window
+        taken, is_data, lengths = self._plain.runs(
+            words, start=start, end=end - self._mask, runs_max=self._runs_max - len(self.runs)
+        )
+        if lengths:
+            states = [state, self._absent] if is_data else [self._absent, state]
+            self.runs.extend(lengths, states)
+        return position + (taken << self._bits)
 
     def _add(self, extent: Extent) -> int:
         """Enter an extent, and return how much of it; less than all if `below` wants to look."""

@@ -21,6 +21,7 @@ from blockemu.drivers.backend import BlockBackend
 from blockemu.drivers.driver import RequestFlags
 from blockemu.drivers.node import BlockDriverState
 from blockemu.drivers.registry import Opener
+from blockemu.drivers.status_runs import StatusRuns, state_of
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.host_file import PosixFiles
 from blockemu.loop.iothread import IOThread
@@ -315,6 +316,27 @@ def test_block_status_covers_the_device_and_tells_the_truth(device: Device) -> N
             assert not any(device.model[position : position + status.length])
         position += status.length
     assert position == SIZE
+
+
+def test_status_runs_say_what_block_status_says(device: Device) -> None:
+    """In bulk or one by one: the same of every byte, and always at least one run."""
+    device.ctx.run(device.zero(65536, 131072, RequestFlags.MAY_UNMAP))
+    device.ctx.run(device.write(300_000, b"x"))
+    expected, position = StatusRuns(), 0
+    while position < SIZE:
+        status = device.ctx.run(device.node.block_status(position, SIZE - position))
+        expected.add(status.length, state_of(status))
+        position += status.length
+    for runs_max in (1, 3, 1000):
+        found, position = StatusRuns(), 0
+        while position < SIZE:
+            asked = device.node.status_runs(position, SIZE - position, runs_max=runs_max)
+            runs = device.ctx.run(asked)
+            assert 0 < runs.length_bytes <= SIZE - position
+            for length, state in zip(runs.lengths, runs.states, strict=True):
+                found.add(length, state)
+            position += runs.length_bytes
+        assert (found.lengths, found.states) == (expected.lengths, expected.states)
 
 
 def test_concurrent_requests_in_ranges_of_their_own_all_hold(device: Device, seed: int) -> None:

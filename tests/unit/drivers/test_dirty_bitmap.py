@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from blockemu.drivers.dirty_bitmap import DirtyBitmap, default_granularity
 
@@ -56,3 +58,27 @@ def test_resize_leaves_what_is_new_clean() -> None:
 )
 def test_default_granularity_is_the_cluster_within_bounds(cluster: int, wanted: int) -> None:
     assert default_granularity(cluster) == wanted
+
+
+@given(
+    dirty=st.lists(st.tuples(st.integers(0, 99), st.integers(1, 30)), max_size=8),
+    length=st.integers(1, 100 * 512),
+    offset=st.integers(0, 110 * 512),
+    runs_max=st.sampled_from([1, 2, 100]),
+)
+def test_runs_tell_every_byte(
+    dirty: list[tuple[int, int]], length: int, offset: int, runs_max: int
+) -> None:
+    bitmap = DirtyBitmap("b", length, granularity=512)
+    for start, count in dirty:
+        bitmap.set(start * 512, count * 512)
+    model = [False] * (120 * 512)
+    for start, size in bitmap.ranges():
+        model[start : start + size] = [True] * size
+    told: list[bool] = []
+    while len(told) < 9 * 512:
+        runs = bitmap.runs(offset + len(told), 9 * 512 - len(told), runs_max=runs_max)
+        assert 0 < len(runs) <= runs_max
+        for size, state in zip(runs.lengths, runs.states, strict=True):
+            told += [bool(state)] * size
+    assert told == model[offset : offset + 9 * 512]

@@ -113,13 +113,14 @@ def serve(ctx: AioContext, style: str) -> Iterator[Serve]:
         export: Export | None = None,
         backend: FakeBackend | None = None,
         tcp: bool = False,
+        session: Session | None = None,
     ) -> Served:
         ours, theirs = tcp_pair() if tcp else socket.socketpair()
         ours.setblocking(False)
         backend = backend or FakeBackend(ctx, length_bytes, mapped=mapped)
         export = export or Export("disk", backend.as_backend, read_only=read_only)
         closed: list[bool] = []
-        session = Session(export, STYLES[STYLE_NAMES.index(style)])
+        session = session or Session(export, STYLES[STYLE_NAMES.index(style)])
         connection = make_connection(
             ours, session, limits=limits or Limits(), on_closed=lambda: closed.append(True)
         )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from blockemu.drivers.backend import BlockBackend
 from blockemu.drivers.direct_map import WHOLE_DEVICE_BITS, DirectMap
 from blockemu.drivers.driver import RequestFlags
+from blockemu.drivers.status_runs import ALLOCATED, DATA, StatusRuns
 from blockemu.loop.coroutine import Future
 
 if TYPE_CHECKING:
@@ -167,6 +168,12 @@ class FakeBackend:
 
     async def flush(self) -> None:
         await self._enter("flush")
+
+    async def status_runs(self, offset: int, length: int, *, runs_max: int) -> StatusRuns:
+        await self._enter("status_runs", offset, length)
+        runs = StatusRuns()
+        runs.add(length, ALLOCATED | DATA)
+        return runs
 
     async def _enter(self, call: str, *arguments: Any) -> None:
         self.calls.append((call, *arguments))
