@@ -319,7 +319,7 @@ def test_a_bitmap_is_offered_while_its_export_lives(
     client.connect_unix(str(tmp_path / "s"))
     client.add_meta_context("qemu:")
     offered: list[str] = []
-    client.opt_list_meta_context(lambda name: offered.append(name))
+    client.opt_list_meta_context(offered.append)
     assert sorted(offered) == ["qemu:allocation-depth", "qemu:dirty-bitmap:dirty"]
     client.opt_abort()
     assert "is currently in use" in qmp("block-dirty-bitmap-remove", **node, name="dirty")
