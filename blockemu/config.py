@@ -57,6 +57,10 @@ class ImageConfig:
     detect_zeroes: str = "off"
     overlap_check: str | None = None
     """Of qcow2 images; None: the driver's default."""
+    no_flush: bool = False
+    """Flushes do nothing: for an image that is thrown away."""
+    offset: int = 0
+    """Bytes at the disk's start that are left out."""
 
     @property
     def export_name(self) -> str:
@@ -76,6 +80,8 @@ class DaemonConfig:
     addresses: tuple[Address, ...] = (TcpAddress(),)
     listing: str = "all"
     """One of LISTINGS."""
+    until_last_client: bool = False
+    """End when the last client has left, once there was one."""
     control_path: str | None = None
     control_sockets: tuple[InheritedAddress, ...] = ()
     """Control sockets that we were started with."""
@@ -108,6 +114,8 @@ def serve_config(
     export_connections_max: int | None = None,
     rotational: bool | None = None,
     resizable: bool = False,
+    bitmaps: Sequence[str] = (),
+    allocation_depth: bool = False,
     address: Address | Sequence[Address] | None = None,
     listing: str = "all",
     control_path: str | None = None,
@@ -118,7 +126,10 @@ def serve_config(
     secrets: SecretTable | None = None,
 ) -> DaemonConfig:
     """The configuration of `blockemu serve`. `names` and `descriptions` are the images', in their
-    order; `hidden` and `default_export` are names of exports. Raises: DaemonError."""
+    order; `hidden` and `default_export` are names of exports, `bitmaps` those of every image.
+
+    Raises: DaemonError.
+    """
     if not paths:
         raise DaemonError("serve", "no image given")
     if len(paths) > IMAGES_MAX:
@@ -143,6 +154,8 @@ def serve_config(
                 connections_max=export_connections_max,
                 rotational=rotational,
                 resizable=resizable,
+                bitmaps=tuple(bitmaps),
+                allocation_depth=allocation_depth,
             )
         )
     others = _aliases(aliases, specs, limits)

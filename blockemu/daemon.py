@@ -168,7 +168,12 @@ class Daemon:
             other = self.exports.get(alias.of)
             assert other is not None, alias
             await self.add_export(other.backend.node, alias.spec)
-        self.nbd.start(config.addresses, config.limits, listing=config.listing)
+        self.nbd.start(
+            config.addresses,
+            config.limits,
+            listing=config.listing,
+            on_last_gone=self.stop if config.until_last_client else None,
+        )
         undo.push_async_callback(self.nbd.stop)
         self.port = next((found.port for found in self.nbd.listeners if found.port), 0)
         self._listen_for_control(undo)
@@ -215,6 +220,8 @@ class Daemon:
             discard=image.discard,
             detect_zeroes=image.detect_zeroes,
             overlap_check=image.overlap_check,
+            no_flush=image.no_flush,
+            offset=image.offset,
         )
         hold = BlockBackend(image.path, node, writable=False, reads=False, shared=Permission.ALL)
         undo.push_async_callback(self._let_go, image.path, hold)

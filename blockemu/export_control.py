@@ -80,14 +80,20 @@ class ExportControl:
         traits = has_one_cache(node), self._rotational(node, spec)
 
         async def make() -> Export:
-            backend = BlockBackend(spec.name, node, writable=spec.writable, shared=Permission.ALL)
+            backend = BlockBackend(
+                spec.name,
+                node,
+                writable=spec.writable,
+                shared=Permission.ALL,
+                write_through=spec.write_through,
+            )
             export = Export(
                 spec.name,
                 backend,
                 id=spec.id,
                 read_only=not spec.writable,
                 description=spec.description,
-                multi_conn=traits[0],
+                multi_conn=traits[0] and spec.multi_conn,
                 hidden=spec.hidden,
                 connections_max=spec.connections_max,
                 rotational=traits[1],

@@ -46,10 +46,14 @@ class ExportSpec:
     """Whether clients are told that seeks are slow; None: what the host says of its device."""
     resizable: bool = False
     """Clients may change the size (NBD_CMD_RESIZE)."""
+    multi_conn: bool = True
+    """Clients are told that they may come by several connections, where that is right."""
+    write_through: bool = False
+    """What is written is on stable storage before it is acknowledged."""
     bitmaps: tuple[str, ...] = ()
     """Dirty bitmaps of the node or its backing chain that clients may ask about."""
     allocation_depth: bool = False
-    """Clients may ask in which layer of the chain bytes are."""
+    """Clients may ask in which layer of the backing chain bytes are."""
 
 
 class Export:

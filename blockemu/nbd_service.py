@@ -7,7 +7,7 @@ clients does so in the iohandler context, where the server lives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from blockemu.listeners import Listener, open_listeners
@@ -36,14 +36,24 @@ class NbdService:
         """Whether clients can connect."""
         return self._server is not None
 
-    def start(self, addresses: Sequence[Address], limits: Limits, *, listing: str = "all") -> None:
+    def start(
+        self,
+        addresses: Sequence[Address],
+        limits: Limits,
+        *,
+        listing: str = "all",
+        on_last_gone: Callable[[], None] | None = None,
+    ) -> None:
         """Listen, and serve whoever connects. `listing`: one of config.LISTINGS.
+        `on_last_gone`: see NbdServer.end_with_last_client.
 
         Raises: DaemonError; nobody listens then.
         """
         assert self._server is None
         self.listeners = open_listeners(addresses)
         self._server = NbdServer(self._ctx, self._exports, limits=limits)
+        if on_last_gone is not None:
+            self._server.end_with_last_client(on_last_gone)
         for listener in self.listeners:
             lists = listing == "all" or (listing == "local" and listener.is_local)
             for sock in listener.sockets:

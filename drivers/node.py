@@ -406,8 +406,9 @@ class BlockDriverState:
         end = offset + length
         start_whole = min((offset + mask) & ~mask, end)
         end_whole = max(end & ~mask, start_whole)
-        if offset < start_whole:
-            await self._write_zero_bytes(offset, start_whole, flags)
+        if flags & RequestFlags.NO_FALLBACK and 2 * (end_whole - start_whole) < length:
+            raise io_error(errno.ENOTSUP, f"{self.node_name}: zeroes would have to be written")
+        # The middle first: if NO_FALLBACK fails there, nothing has been changed.
         if start_whole < end_whole:
             request = await self._tracker.begin(start_whole, end_whole) if mask else None
             try:
@@ -417,6 +418,9 @@ class BlockDriverState:
                     self._tracker.end(request)
             if not done:
                 await self._write_zero_bytes(start_whole, end_whole, flags)
+        flags &= ~RequestFlags.NO_FALLBACK
+        if offset < start_whole:
+            await self._write_zero_bytes(offset, start_whole, flags)
         if end_whole < end:
             await self._write_zero_bytes(end_whole, end, flags)
 

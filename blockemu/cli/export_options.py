@@ -23,6 +23,8 @@ class ExportOptions:
     connections_max: int | None
     rotational: bool | None
     resizable: bool
+    bitmaps: tuple[str, ...]
+    allocation_depth: bool
     read_only: bool
 
 
@@ -35,6 +37,8 @@ def _exports(
     connections_max: int | None,
     rotational: str,
     resizable: bool,
+    bitmaps: tuple[str, ...],
+    allocation_depth: bool,
     read_only: bool,
 ) -> ExportOptions:
     return ExportOptions(
@@ -46,6 +50,8 @@ def _exports(
         connections_max=connections_max,
         rotational=None if rotational == "auto" else rotational == "on",
         resizable=resizable,
+        bitmaps=bitmaps,
+        allocation_depth=allocation_depth,
         read_only=read_only,
     )
 
@@ -103,7 +109,21 @@ export_options = option_group(
         help="Whether clients are told that seeks are slow; auto asks the host's kernel.",
     ),
     click.option("--resizable", is_flag=True, help="Let clients change the size (NBD_CMD_RESIZE)."),
+    click.option(
+        "--bitmap",
+        "bitmaps",
+        multiple=True,
+        metavar="NAME",
+        help="Let clients ask what is dirty in this bitmap of each image or its backing chain "
+        "(qemu:dirty-bitmap:NAME). May be repeated.",
+    ),
+    click.option(
+        "--allocation-depth",
+        "-A",
+        is_flag=True,
+        help="Let clients ask which image of the backing chain data is in (qemu:allocation-depth).",
+    ),
     click.option("--read-only", "-r", is_flag=True, help="Open the images for reading only."),
 )
 """--name, --description, --default, --hidden, --export, --max-connections, --rotational,
---resizable, --read-only, handed in as `exports`."""
+--resizable, --bitmap, --allocation-depth, --read-only, handed in as `exports`."""

@@ -110,6 +110,8 @@ def serve(
         export_connections_max=exports.connections_max,
         rotational=exports.rotational,
         resizable=exports.resizable,
+        bitmaps=exports.bitmaps,
+        allocation_depth=exports.allocation_depth,
         address=listeners.addresses,
         listing=listeners.listing,
         control_path=control_path,

@@ -58,6 +58,8 @@ class NbdServer:
         # Since when that is so, as was logged; None when the last client was accepted.
         self._exhausted_since_ns: int | None = None
         self._closing = False
+        self._on_last_gone: Callable[[], None] | None = None
+        self._has_served = False
         self._left = WaitQueue()
         self._retry = ctx.new_timer(self._try_again)
 
@@ -73,6 +75,11 @@ class NbdServer:
         self._listeners[sock] = lists
         self._watch(sock, self._accepting)
         self._update_accepting()
+
+    def end_with_last_client(self, on_last_gone: Callable[[], None]) -> None:
+        """Accept nobody any more when the last client has left and at least one was served;
+        `on_last_gone` is called then."""
+        self._on_last_gone = on_last_gone
 
     async def close(self) -> None:
         """Stop listening, answer what is in flight, close all connections.
@@ -215,6 +222,7 @@ class NbdServer:
             sock, session, limits=self._limits, on_closed=closed, peer=peer, memory=self.memory
         )
         self._connections.add(connection)
+        self._has_served = True
         connection.ctx.schedule_oneshot(connection.start)
 
     def _closed(self, connection: BaseConnection) -> None:
@@ -224,6 +232,10 @@ class NbdServer:
         self._gone()
 
     def _gone(self) -> None:
+        if self._on_last_gone is not None and self._has_served and not self.connection_count:
+            on_last_gone, self._on_last_gone = self._on_last_gone, None
+            self._closing = True
+            on_last_gone()
         self._try_again()
         self._left.wake_all()
 

@@ -49,6 +49,7 @@ struct nbd_limits {
     uint64_t unsent_bytes_max;
     uint32_t round_requests_max;
     uint32_t round_bytes_max;
+    uint64_t status_reply_bytes_max;
     uint64_t granted_bytes; /* of in_flight_bytes_max, for good: nbd_grant gives more. 0: all of it */
 };
 

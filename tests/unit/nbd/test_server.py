@@ -189,3 +189,20 @@ def test_transmission_runs_in_the_exports_thread(start_server: StartServer) -> N
         assert client.sock.recv(1) == b""
     finally:
         thread.stop()
+
+
+def test_the_last_client_to_leave_ends_it_if_any_was_served(start_server: StartServer) -> None:
+    calls: list[str] = []
+    server = start_server()
+    server.server.end_with_last_client(lambda: calls.append("gone"))
+    asks = server.connect()
+    asks.receive(18)
+    asks.sock.close()
+    first, second = server.enter("disk"), server.enter("disk")
+    first.until(lambda: server.server.connection_count == 2)
+    first.sock.close()
+    second.until(lambda: server.server.connection_count == 1)
+    assert calls == []
+    second.sock.close()
+    second.until(lambda: calls == ["gone"])
+    assert server.connect().silent()
