@@ -97,6 +97,20 @@ class Limits:
     round_bytes_max: int = 2 * MIB
     """Request data moved for one connection in one round: also about a millisecond of copying."""
 
+    memory_bytes_max: int = 1024 * MIB
+    """Request data of all connections together, beyond what each has for itself
+    (`memory_reserve_bytes`). Sixteen clients with full queues of large requests; more of them take
+    turns (nbd/memory_budget.py)."""
+
+    memory_reserve_bytes: int = 256 * KIB
+    """Request data of one connection that is never in question: a client with small requests goes
+    on, whatever the others do. Half a gigabyte for all clients that may be connected."""
+
+    unread_time_max_ns: int = 120 * SECOND_NS
+    """A client that takes nothing of its replies for so long is dropped: its requests hold memory
+    that others wait for. Long enough for one that is stopped for a moment by its user, or for a
+    virtual machine that is moved to another host."""
+
     close_linger_ns: int = 5 * SECOND_NS
     """After DISC or at shutdown, the time that a client has to take the replies that it is owed."""
 
@@ -139,6 +153,8 @@ class Limits:
         """Raises: ValueError, when two of them contradict each other."""
         for less, more in (
             ("request_length_max", "in_flight_bytes_max"),
+            ("in_flight_bytes_max", "memory_bytes_max"),
+            ("memory_reserve_bytes", "in_flight_bytes_max"),
             ("name_length_max", "option_length_max"),
             ("option_length_max", "negotiation_bytes_max"),
         ):

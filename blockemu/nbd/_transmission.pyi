@@ -37,6 +37,9 @@ class _Library:
     NBD_SEND_FAILED: int
     NBD_ANSWERED: int
     NBD_RELEASED: int
+    NBD_UNREAD: int
+    NBD_WANTS_MEMORY: int
+    NBD_SPARE: int
     NBD_STYLE_SIMPLE: int
     NBD_STYLE_STRUCTURED: int
     NBD_STYLE_EXTENDED: int
@@ -63,6 +66,16 @@ class _Library:
     def nbd_close(connection: Any, /) -> None: ...
     @staticmethod
     def nbd_free(connection: Any, /) -> None: ...
+    @staticmethod
+    def nbd_unread(connection: Any, /) -> int: ...
+    @staticmethod
+    def nbd_grant(connection: Any, bytes: int, /) -> None: ...
+    @staticmethod
+    def nbd_reclaim(connection: Any, wanted: int, /) -> None: ...
+    @staticmethod
+    def nbd_shrink(connection: Any, /) -> int: ...
+    @staticmethod
+    def nbd_half_sent(connection: Any, /) -> int: ...
     @staticmethod
     def nbd_is_busy(connection: Any, /) -> int: ...
 

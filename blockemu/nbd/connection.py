@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from blockemu.limits import Limits
     from blockemu.loop.buffers import BufferPool
     from blockemu.loop.timer import Timer
+    from blockemu.nbd.memory_budget import MemoryBudget
     from blockemu.nbd.reply_style import Failure
     from blockemu.nbd.request import Request
     from blockemu.nbd.session import Session
@@ -60,11 +61,16 @@ class BaseConnection(ABC):
         "_client_may_send",
         "_deadline_ns",
         "_fd",
+        "_half_progress",
+        "_half_timer",
         "_linger",
+        "_memory",
         "_on_closed",
         "_peer",
+        "_progress",
         "_sock",
         "_state",
+        "_unread_timer",
         "_unwanted",
         "count",
         "ctx",
@@ -90,9 +96,11 @@ class BaseConnection(ABC):
         limits: Limits,
         on_closed: Callable[[], None],
         peer: str = "",
+        memory: MemoryBudget | None = None,
     ) -> None:
         """Takes `sock`, which is connected and non-blocking. `on_closed` is called in the home
-        thread, once, when the socket is closed and no request is in flight any more.
+        thread, once, when the socket is closed and no request is in flight any more. `memory` is
+        what all connections share of it; None: this one has all that its own bounds allow.
 
         Context: any thread; then have the home thread call `start`.
         """
@@ -109,6 +117,12 @@ class BaseConnection(ABC):
         self._fd = sock.fileno()
         self._on_closed: Callable[[], None] | None = on_closed
         self._peer = peer
+        self._memory = memory
+        self._unread_timer: Timer | None = None
+        self._half_timer: Timer | None = None
+        self._half_progress = -1
+        # How much of its replies the client had taken when the timer was set.
+        self._progress = 0
         self._state = State.OPEN
         # While finishing: it hasn't said that it is done, and something is on its way.
         self._client_may_send = False
@@ -163,6 +177,9 @@ class BaseConnection(ABC):
             self._let_go()
         self._state = State.CLOSED
         self._linger.cancel()
+        for timer in (self._unread_timer, self._half_timer):
+            if timer is not None:
+                timer.cancel()
         self._sock.close()
         self.export.connections.discard(self)
         self._closed_if_idle()
@@ -207,6 +224,68 @@ class BaseConnection(ABC):
         else:
             self.drop("hung up")
 
+    # --- a client that doesn't take its replies ---
+
+    def _watch_unread(self) -> None:
+        """The kernel takes no more of our replies: give the client its time."""
+        timer = self._unread_timer
+        if timer is None:
+            timer = self._unread_timer = self.ctx.new_timer(self._unread_over)
+        if not timer.armed:
+            self._progress = self._sent_while_blocked()
+            timer.arm(self.ctx.now_ns() + self.limits.unread_time_max_ns)
+
+    def _unread_over(self) -> None:
+        """Time is up: the client is dropped if it has taken nothing since."""
+        sent_bytes = self._sent_while_blocked() if self.wants_answers else -1
+        if sent_bytes < 0:
+            return
+        if sent_bytes != self._progress:
+            self._watch_unread()
+            return
+        seconds = self.limits.unread_time_max_ns / 10**9
+        log.info("%r is dropped: it has taken none of its replies for %g s", self, seconds)
+        self.drop("replies unread for too long")
+
+    # --- memory that all connections share ---
+
+    def _ask_for_memory(self, wanted_bytes: int) -> None:
+        """Have `allow` called when requests' data may take so many bytes, in all; or so many that
+        it is worth asking again."""
+        assert self._memory is not None
+        self._memory.ask(self, wanted_bytes)
+
+    def reclaim(self, *, wanted: bool) -> None:
+        """Others need memory, or don't any more: give back what isn't in use, now and as requests
+        end. Meanwhile, a client that has sent half a payload has its time to go on."""
+        if not self.wants_answers:
+            return
+        if self._half_timer is None:
+            self._half_timer = self.ctx.new_timer(self._half_over)
+        self._half_timer.cancel()
+        if wanted:
+            self._watch_half()
+        self._begin_to_give_back(wanted=wanted)
+
+    def _watch_half(self) -> None:
+        assert self._half_timer is not None
+        self._half_progress = self._half_sent()
+        self._half_timer.arm(self.ctx.now_ns() + self.limits.unread_time_max_ns)
+
+    def _half_over(self) -> None:
+        """Others have waited for so long: the client is dropped if half a payload is all it sent,
+        and nothing came since."""
+        if self._half_progress >= 0 and self._half_sent() == self._half_progress:
+            seconds = self.limits.unread_time_max_ns / 10**9
+            log.info("%r is dropped: it has sent half a request for %g s", self, seconds)
+            self.drop("half a payload, while others need its memory")
+        else:
+            self._watch_half()
+
+    def _tell_given_back(self, spare_bytes: int) -> None:
+        assert self._memory is not None
+        self._memory.give_back(self, spare_bytes)
+
     def _closed_if_idle(self) -> None:
         if self._state is State.CLOSED and self._on_closed is not None and self._is_idle():
             on_closed, self._on_closed = self._on_closed, None
@@ -221,6 +300,24 @@ class BaseConnection(ABC):
     @abstractmethod
     def resume(self) -> None:
         """It has ended: go on."""
+
+    @abstractmethod
+    def allow(self, more_bytes: int) -> None:
+        """Requests' data may take so many bytes more: go on."""
+
+    @abstractmethod
+    def _begin_to_give_back(self, *, wanted: bool) -> None:
+        """Give back what isn't in use, from now on, or not any more."""
+
+    @abstractmethod
+    def _half_sent(self) -> int:
+        """Bytes that have come since the start, while a payload that has a buffer is half there;
+        else -1."""
+
+    @abstractmethod
+    def _sent_while_blocked(self) -> int:
+        """How many bytes of replies the client has taken, while it takes no more; -1 when it
+        does."""
 
     @abstractmethod
     def finish_request(self, request: Request, failure: Failure | None) -> None:

@@ -36,6 +36,7 @@ class Intake:
         "_connection",
         "_payload_request",
         "_received",
+        "_received_bytes",
         "_refusal",
         "_sock",
         "_spare",
@@ -46,6 +47,7 @@ class Intake:
         self._connection = connection
         self._sock = sock
         self._received = ReceiveBuffer()
+        self._received_bytes = 0
         # The WRITE whose payload is on its way, or the answer to one whose payload is dropped.
         self._payload_request: Request | None = None
         self._refusal = b""
@@ -60,6 +62,11 @@ class Intake:
         request, self._payload_request = self._payload_request, None
         if request is not None:
             self._connection.forget_request(request)
+
+    def half_sent(self) -> int:
+        """Bytes that have come since the start, while a payload that has a buffer is half there;
+        else -1."""
+        return -1 if self._payload_request is None else self._received_bytes
 
     def release(self) -> None:
         """The connection is over: also give the memory back."""
@@ -79,6 +86,7 @@ class Intake:
         if not length:
             connection.finish("end of stream", by_client=True)
             return False
+        self._received_bytes += length
         if received.expecting or received.discard_left:
             return False
         if self._refusal:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from blockemu.limits import Limits
     from blockemu.loop.native_poller import NativePoller
     from blockemu.nbd._transmission import NativeStatistics
+    from blockemu.nbd.memory_budget import MemoryBudget
     from blockemu.nbd.session import Session
 
 _POLL = ffi.typeof("struct native_poll *")
@@ -101,8 +102,11 @@ class NativeConnection(BaseConnection):
         limits: Limits,
         on_closed: Callable[[], None],
         peer: str = "",
+        memory: MemoryBudget | None = None,
     ) -> None:
-        super().__init__(sock, session, limits=limits, on_closed=on_closed, peer=peer)
+        super().__init__(
+            sock, session, limits=limits, on_closed=on_closed, peer=peer, memory=memory
+        )
         # C's half; None before `start` and after NBD_RELEASED.
         self._handle: Any = None
         self._token = 0
@@ -124,7 +128,7 @@ class NativeConnection(BaseConnection):
             ffi.cast(_POLL, native.address),
             self._fd,
             self._token,
-            native_limits(self.limits, self.style),
+            native_limits(self.limits, self.style, shares=self._memory is not None),
             statistics.native,
             _STYLES[self.style.name],
         )
@@ -158,6 +162,13 @@ class NativeConnection(BaseConnection):
             self._serve_fault(ffi.cast(_REQUEST, value))
         elif what == lib.NBD_RELEASED:
             self._released()
+        elif what == lib.NBD_UNREAD:
+            self._watch_unread()
+        elif what == lib.NBD_WANTS_MEMORY:
+            self._ask_for_memory(value)
+        elif what == lib.NBD_SPARE:
+            if self._handle is not None:
+                self._tell_given_back(lib.nbd_shrink(self._handle))
         elif what == lib.NBD_ANSWERED:
             self._leave_if_answered()
         elif what in _ENDS:
@@ -173,6 +184,22 @@ class NativeConnection(BaseConnection):
         self._native.remove_native(self._token)
         self._map = None
         self._closed_if_idle()
+
+    # --- what it takes of the daemon ---
+
+    def allow(self, more_bytes: int) -> None:
+        if self._handle is not None:
+            lib.nbd_grant(self._handle, more_bytes)
+
+    def _begin_to_give_back(self, *, wanted: bool) -> None:
+        if self._handle is not None:
+            lib.nbd_reclaim(self._handle, wanted)
+
+    def _half_sent(self) -> int:
+        return -1 if self._handle is None else lib.nbd_half_sent(self._handle)
+
+    def _sent_while_blocked(self) -> int:
+        return -1 if self._handle is None else lib.nbd_unread(self._handle)
 
     # --- the map ---
 
@@ -278,8 +305,8 @@ class NativeConnection(BaseConnection):
             lib.nbd_finish(native)  # it is forgotten now
 
 
-def native_limits(limits: Limits, style: ReplyStyle) -> Any:
-    """A `struct nbd_limits`."""
+def native_limits(limits: Limits, style: ReplyStyle, *, shares: bool = False) -> Any:
+    """A `struct nbd_limits`; of a connection that `shares` memory with others, or doesn't."""
     return ffi.new(
         "struct nbd_limits *",
         {
@@ -292,5 +319,6 @@ def native_limits(limits: Limits, style: ReplyStyle) -> Any:
             "round_requests_max": limits.round_requests_max,
             "round_bytes_max": limits.round_bytes_max,
             "status_reply_bytes_max": limits.status_reply_bytes_max,
+            "granted_bytes": limits.memory_reserve_bytes if shares else 0,
         },
     )

@@ -34,7 +34,7 @@ PARTS_MAX = min(os.sysconf("SC_IOV_MAX"), 1024)
 class ReplyQueue:
     """Context: home thread of the connection."""
 
-    __slots__ = ("_pool", "_sock", "buffers", "bytes_held", "parts")
+    __slots__ = ("_pool", "_sock", "buffers", "bytes_held", "parts", "sent_bytes")
 
     def __init__(self, sock: socket.socket, pool: BufferPool) -> None:
         self._sock = sock
@@ -42,6 +42,8 @@ class ReplyQueue:
         self.parts: list[bytes | memoryview] = []
         self.buffers: list[Buffer | None] = []
         self.bytes_held = 0
+        self.sent_bytes = 0
+        """Since the start."""
 
     def add(self, head: bytes) -> None:
         """Queue a reply without data."""
@@ -80,6 +82,7 @@ class ReplyQueue:
                 sent = self._sock.sendmsg(parts if len(parts) <= PARTS_MAX else parts[:PARTS_MAX])
             except (BlockingIOError, InterruptedError):
                 return False
+            self.sent_bytes += sent
             if sent == self.bytes_held:
                 self.clear()
             else:

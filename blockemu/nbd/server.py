@@ -23,6 +23,7 @@ from blockemu.drivers.nbd.negotiation_stream import NegotiationError, Negotiatio
 from blockemu.loop.socket_options import tune
 from blockemu.loop.sync import WaitQueue
 from blockemu.nbd.handshake import Negotiation
+from blockemu.nbd.memory_budget import MemoryBudget
 from blockemu.nbd.transmission import Connection
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class NbdServer:
         self._ctx = ctx
         self._exports = exports
         self._limits = limits
+        self.memory = MemoryBudget(ctx, limits)
         self._listeners: dict[socket.socket, bool] = {}
         self._negotiating: set[NegotiationStream] = set()
         self._connections: set[BaseConnection] = set()
@@ -217,7 +219,7 @@ class NbdServer:
             self._ctx.schedule_oneshot(lambda: self._closed(connection))
 
         connection = make_connection(
-            sock, session, limits=self._limits, on_closed=closed, peer=peer
+            sock, session, limits=self._limits, on_closed=closed, peer=peer, memory=self.memory
         )
         self._connections.add(connection)
         self._has_served = True
@@ -225,6 +227,7 @@ class NbdServer:
 
     def _closed(self, connection: BaseConnection) -> None:
         self._connections.discard(connection)
+        self.memory.forget(connection)
         connection.export.clients -= 1
         self._gone()
 
@@ -244,17 +247,22 @@ def make_connection(
     limits: Limits,
     on_closed: Callable[[], None],
     peer: str = "",
+    memory: MemoryBudget | None = None,
 ) -> BaseConnection:
     """A connection in transmission: C moves its data where the export's context has a native poll.
 
     Context: any thread; then have the home thread call `start`.
     """
     if session.export.backend.ctx.native is None:
-        return Connection(sock, session, limits=limits, on_closed=on_closed, peer=peer)
+        return Connection(
+            sock, session, limits=limits, on_closed=on_closed, peer=peer, memory=memory
+        )
     # Here, since without a native poll the extension isn't needed.
     from blockemu.nbd.native_connection import NativeConnection
 
-    return NativeConnection(sock, session, limits=limits, on_closed=on_closed, peer=peer)
+    return NativeConnection(
+        sock, session, limits=limits, on_closed=on_closed, peer=peer, memory=memory
+    )
 
 
 def peer_name(sock: socket.socket, address: object) -> str:

@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from blockemu.nbd.commands import READ, data_bytes
+from blockemu.nbd.commands import READ, WITH_DATA, data_bytes
 from blockemu.nbd.connection import BaseConnection, State
 from blockemu.nbd.intake import Intake
 from blockemu.nbd.reply_queue import EARLY_REPLY_BYTES, EARLY_REPLY_PARTS, ReplyQueue
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from blockemu.limits import Limits
     from blockemu.loop.bottom_half import BH
+    from blockemu.nbd.memory_budget import MemoryBudget
     from blockemu.nbd.reply_style import Failure
     from blockemu.nbd.session import Session
 
@@ -46,13 +47,17 @@ class Connection(BaseConnection):
     """A connection whose data Python moves."""
 
     __slots__ = (
+        "_asking",
         "_blocked",
         "_continue_bh",
+        "_entitled",
         "_flush_deferred",
+        "_granted_bytes",
         "_in_flight",
         "_in_flight_bytes",
         "_now_ns",
         "_paused",
+        "_reclaim",
         "_statistics",
         "intake",
         "replies",
@@ -72,8 +77,20 @@ class Connection(BaseConnection):
         limits: Limits,
         on_closed: Callable[[], None],
         peer: str = "",
+        memory: MemoryBudget | None = None,
     ) -> None:
-        super().__init__(sock, session, limits=limits, on_closed=on_closed, peer=peer)
+        super().__init__(
+            sock, session, limits=limits, on_closed=on_closed, peer=peer, memory=memory
+        )
+        # What requests' data may take of the bound, and whether more was asked for.
+        self._granted_bytes = (
+            limits.in_flight_bytes_max if memory is None else limits.memory_reserve_bytes
+        )
+        self._asking = False
+        # A request waits for its turn to use what was granted last.
+        self._entitled = False
+        # Others need memory: what isn't in use goes back.
+        self._reclaim = False
         self._in_flight = 0
         self._in_flight_bytes = 0
         # The kernel's buffer is full: replies wait for EPOLLOUT, and no requests are read.
@@ -178,7 +195,11 @@ class Connection(BaseConnection):
         if blocked != self._blocked:
             self._blocked = blocked
             self._set_interest()
-        if not blocked:
+        if self._reclaim:
+            self._give_back()
+        if blocked:
+            self._watch_unread()
+        else:
             self.resume()
             self._leave_if_answered()
 
@@ -202,17 +223,63 @@ class Connection(BaseConnection):
 
     def room(self) -> int:
         """The length that a request may have without a second thought; -1 for none at all."""
-        if self._in_flight >= self.limits.in_flight_requests_max:
+        if self._in_flight >= self.limits.in_flight_requests_max or self._entitled:
             return -1
-        return self.limits.in_flight_bytes_max - self._in_flight_bytes - self.replies.bytes_held
+        return self._usable_bytes() - self._in_flight_bytes - self.replies.bytes_held
+
+    def _usable_bytes(self) -> int:
+        """What requests may use without asking: while others wait, each asks for its own."""
+        if self._reclaim and not self._entitled:
+            return self.limits.memory_reserve_bytes
+        return self._granted_bytes
 
     def must_wait(self, command: int, length: int) -> bool:
-        """Whether a request must wait for others to end. One alone never has to."""
-        if self._in_flight >= self.limits.in_flight_requests_max:
+        """Whether a request must wait: for others of this connection to end, which one alone never
+        has to, or for memory that other connections have. One that is too long to be served takes
+        none."""
+        limits = self.limits
+        if self._in_flight >= limits.in_flight_requests_max:
             return True
         held = self._in_flight_bytes + self.replies.bytes_held
-        wanted = data_bytes(command, length, self.limits)
-        return bool(held and wanted) and held + wanted > self.limits.in_flight_bytes_max
+        wanted = data_bytes(command, length, limits)
+        if command in WITH_DATA and length > limits.request_length_max:
+            return held > 0
+        if not wanted or held + wanted <= self._usable_bytes():
+            self._entitled = False
+            return False
+        if held and held + wanted > limits.in_flight_bytes_max:
+            return True
+        if not self._asking:
+            self._asking = True
+            if self._reclaim:
+                self._give_back()
+            self._ask_for_memory(held + wanted)
+        return True
+
+    def allow(self, more_bytes: int) -> None:
+        self._granted_bytes += more_bytes
+        self._asking = False
+        self._entitled = True
+        self.resume()
+
+    def _begin_to_give_back(self, *, wanted: bool) -> None:
+        self._reclaim = wanted
+        if wanted:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        held = self._in_flight_bytes + self.replies.bytes_held
+        needed = max(held, self.limits.memory_reserve_bytes)
+        spare = self._granted_bytes - needed
+        if spare > 0 and not self._entitled:
+            self._granted_bytes = needed
+            self._tell_given_back(spare)
+
+    def _half_sent(self) -> int:
+        return self.intake.half_sent()
+
+    def _sent_while_blocked(self) -> int:
+        return self.replies.sent_bytes if self._blocked else -1
 
     def admit(self, request: Request) -> None:
         """`request` is in flight from now on, until `finish_request` or `forget_request`."""

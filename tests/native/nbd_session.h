@@ -24,6 +24,8 @@ struct session {
     struct nbd_request *faults[REQUESTS_MAX];
     uint32_t fault_count;
     uint64_t faults_taken;
+    uint64_t granted; /* memory, beyond what it has for itself */
+    uint32_t grants;
     uint32_t start, end_of_received; /* what was received and not begun before the pass */
 };
 
@@ -167,6 +169,33 @@ static void take_release(struct session *session)
     session->connection = NULL;
 }
 
+/* As memory_budget.py does it; by turns there is plenty, and others wait. */
+static void take_memory_event(struct session *session, struct client *client,
+                              const struct poll_event *event)
+{
+    struct nbd_connection *connection = session->connection;
+    uint64_t first = client->limits.granted_bytes;
+
+    CHECK(first != 0);
+    if (event->what == NBD_SPARE) {
+        uint64_t spare = nbd_shrink(connection);
+
+        CHECK(spare <= session->granted);
+        session->granted -= spare;
+        return;
+    }
+    CHECK(event->value > first);
+    if (event->value - first > session->granted) {
+        uint64_t more = event->value - first - session->granted;
+
+        session->granted += more;
+        nbd_grant(connection, more);
+    } else {
+        nbd_grant(connection, 0);
+    }
+    nbd_reclaim(connection, ++session->grants % 3 != 0);
+}
+
 static void take_event(const struct poll_event *event)
 {
     struct session *session;
@@ -188,6 +217,10 @@ static void take_event(const struct poll_event *event)
     } else if (event->what == NBD_ANSWERED) {
         CHECK(session->is_stopped && !session->is_answered && session->fault_count == 0);
         session->is_answered = 1;
+    } else if (event->what == NBD_UNREAD) {
+        CHECK(nbd_unread(session->connection) >= -1);
+    } else if (event->what == NBD_WANTS_MEMORY || event->what == NBD_SPARE) {
+        take_memory_event(session, client, event);
     } else if (event->what == NBD_RELEASED) {
         take_release(session);
     } else {

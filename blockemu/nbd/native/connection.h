@@ -34,6 +34,8 @@ enum {
     /* Queued replies that leave without waiting for the end of the pass: reply_queue.py says why. */
     NBD_EARLY_BYTES = 128 << 10,
     NBD_EARLY_PARTS = 16,
+    /* What is given back at least, under pressure: not each small request's memory by itself. */
+    NBD_SPARE_BYTES = 64 << 10,
     /* Pieces that one sendmsg gathers. */
     NBD_PARTS_MAX = 256,
 };
@@ -90,15 +92,24 @@ struct nbd_connection {
     uint8_t failed;   /* sending failed: that was posted */
     uint8_t closed;   /* nbd_close: the descriptor isn't ours */
     uint8_t released; /* NBD_RELEASED was posted */
+    uint8_t watched;  /* NBD_UNREAD was posted, and Python looks after it */
+    uint8_t asking;   /* NBD_WANTS_MEMORY was posted, and not answered */
+    uint8_t reclaim;  /* others need memory: nbd_reclaim */
+    uint8_t spare;    /* NBD_SPARE was posted, and not answered */
+    uint8_t entitled; /* a request waits for its turn to use what was granted last */
 
     uint32_t in_flight;
     uint64_t in_flight_bytes;
+    uint64_t granted_bytes; /* what those and unsent_bytes may be together */
+    uint64_t least_bytes;   /* of it, that is never given back */
 
     struct nbd_request *replies_first;
     struct nbd_request *replies_last;
     uint64_t unsent_bytes;
     uint32_t unsent_parts;
     uint64_t head_sent; /* bytes of the first reply that have left */
+    uint64_t sent_bytes;
+    uint64_t received_bytes;
 
     uint8_t *received; /* [NBD_RECEIVE_BYTES]; what isn't parsed is [start, end) */
     uint32_t start;

@@ -106,6 +106,7 @@ static void nbd_take_off(struct nbd_connection *connection, uint64_t sent)
     struct nbd_request *reply;
 
     connection->unsent_bytes -= sent;
+    connection->sent_bytes += sent;
     sent += connection->head_sent;
     while ((reply = connection->replies_first) != NULL && sent >= nbd_reply_bytes(reply)) {
         sent -= nbd_reply_bytes(reply);
@@ -153,8 +154,13 @@ static void nbd_send(struct nbd_connection *connection)
         connection->blocked = (uint8_t)blocked;
         nbd_update_interest(connection);
     }
+    if (blocked && !connection->watched) {
+        connection->watched = 1;
+        poll_post(connection->poll, connection->token, NBD_UNREAD, 0);
+    }
     if (connection->paused && !nbd_backed_up(connection))
         nbd_unpause(connection);
+    nbd_check_spare(connection);
     nbd_check_answered(connection);
 }
 

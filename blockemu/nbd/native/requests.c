@@ -69,6 +69,51 @@ static uint64_t nbd_bytes_held(const struct nbd_request *request)
     return request->reserved_bytes + (request->buffer != NULL ? request->length : 0);
 }
 
+/* What the connection's data takes: of requests in flight, and of replies that haven't left. */
+static uint64_t nbd_held(const struct nbd_connection *connection)
+{
+    return connection->in_flight_bytes + connection->unsent_bytes;
+}
+
+/* What was granted and isn't in use. */
+static uint64_t nbd_spare_bytes(const struct nbd_connection *connection)
+{
+    uint64_t needed = nbd_held(connection);
+
+    if (needed < connection->least_bytes)
+        needed = connection->least_bytes;
+    return connection->granted_bytes > needed ? connection->granted_bytes - needed : 0;
+}
+
+/* What requests may use without asking: while others wait, each asks for its own. */
+static uint64_t nbd_usable(const struct nbd_connection *connection)
+{
+    if (connection->reclaim && !connection->entitled)
+        return connection->least_bytes;
+    return connection->granted_bytes;
+}
+
+/* Python gives back what isn't in use. */
+static void nbd_post_spare(struct nbd_connection *connection)
+{
+    if (!connection->reclaim || connection->spare || nbd_spare_bytes(connection) == 0)
+        return;
+    connection->spare = 1;
+    poll_post(connection->poll, connection->token, NBD_SPARE, 0);
+}
+
+/* Others need memory, and some of ours isn't in use. */
+static void nbd_check_spare(struct nbd_connection *connection)
+{
+    uint64_t spare_bytes;
+
+    if (!connection->reclaim || connection->entitled || connection->closed)
+        return;
+    spare_bytes = nbd_spare_bytes(connection);
+    if (spare_bytes >= NBD_SPARE_BYTES || nbd_held(connection) == 0)
+        nbd_post_spare(connection);
+}
+
 /* It is in flight no more, and gets no answer. */
 static void nbd_request_forget(struct nbd_request *request)
 {
@@ -77,6 +122,7 @@ static void nbd_request_forget(struct nbd_request *request)
     connection->in_flight--;
     connection->in_flight_bytes -= nbd_bytes_held(request);
     nbd_request_release(request);
+    nbd_check_spare(connection);
     nbd_check_answered(connection);
 }
 

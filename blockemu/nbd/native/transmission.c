@@ -54,17 +54,30 @@ static uint64_t nbd_bytes_wanted(const struct nbd_connection *connection, unsign
     return wanted;
 }
 
-/* Whether a request must wait for others to end. One alone never has to. */
-static int nbd_must_wait(const struct nbd_connection *connection, uint64_t wanted)
+/* Whether a request must wait: for others of this connection to end, which one alone never has to, or
+ * for memory that other connections have. One that is too long to be served takes none. */
+static int nbd_must_wait(struct nbd_connection *connection, uint64_t wanted)
 {
-    uint64_t held = connection->in_flight_bytes + connection->unsent_bytes;
+    uint64_t held = nbd_held(connection);
 
     if (connection->in_flight >= connection->limits.in_flight_requests_max)
         return 1;
-    if (held == 0 || wanted == 0)
+    if (wanted == 0)
         return 0;
-    return wanted > connection->limits.in_flight_bytes_max ||
-           held > connection->limits.in_flight_bytes_max - wanted;
+    if (wanted > connection->limits.in_flight_bytes_max)
+        return held != 0;
+    if (held + wanted <= nbd_usable(connection)) {
+        connection->entitled = 0;
+        return 0;
+    }
+    if (held != 0 && held + wanted > connection->limits.in_flight_bytes_max)
+        return 1;
+    if (!connection->asking) {
+        connection->asking = 1;
+        nbd_post_spare(connection);
+        poll_post(connection->poll, connection->token, NBD_WANTS_MEMORY, held + wanted);
+    }
+    return 1;
 }
 
 static int nbd_hears(const struct nbd_connection *connection)
@@ -339,6 +352,7 @@ static void nbd_received(struct nbd_connection *connection, uint64_t count)
     struct nbd_request *incoming = connection->incoming;
     uint64_t missing, part;
 
+    connection->received_bytes += count;
     if (incoming == NULL) {
         connection->end += (uint32_t)count;
         return;
@@ -404,7 +418,7 @@ static void nbd_flush_replies(struct native_poll *poll, struct poll_handler *han
 /* Events that a connection may have posted and Python not taken: its faults, and its own. */
 static uint32_t nbd_events_max(const struct nbd_limits *limits)
 {
-    return limits->in_flight_requests_max + 8;
+    return limits->in_flight_requests_max + 12;
 }
 
 struct nbd_connection *nbd_open(struct native_poll *poll, int32_t fd, uint64_t token,
@@ -426,6 +440,9 @@ struct nbd_connection *nbd_open(struct native_poll *poll, int32_t fd, uint64_t t
     connection->limits = *limits;
     connection->fd = fd;
     connection->style = style;
+    connection->least_bytes =
+        limits->granted_bytes != 0 ? limits->granted_bytes : limits->in_flight_bytes_max;
+    connection->granted_bytes = connection->least_bytes;
     if (connection->received == NULL ||
         poll_add(poll, &connection->handler, nbd_events_max(limits)) < 0) {
         free(connection->received);
@@ -452,6 +469,44 @@ void nbd_resume(struct nbd_connection *connection)
 {
     nbd_update_interest(connection);
     nbd_unpause(connection);
+}
+
+int64_t nbd_unread(struct nbd_connection *connection)
+{
+    if (connection->blocked)
+        return (int64_t)connection->sent_bytes;
+    connection->watched = 0;
+    return -1;
+}
+
+void nbd_grant(struct nbd_connection *connection, uint64_t bytes)
+{
+    connection->granted_bytes += bytes;
+    connection->asking = 0;
+    connection->entitled = 1;
+    nbd_unpause(connection);
+}
+
+void nbd_reclaim(struct nbd_connection *connection, int32_t wanted)
+{
+    connection->reclaim = (uint8_t)(wanted != 0);
+    nbd_check_spare(connection);
+}
+
+uint64_t nbd_shrink(struct nbd_connection *connection)
+{
+    uint64_t spare_bytes = nbd_spare_bytes(connection);
+
+    connection->spare = 0;
+    connection->granted_bytes -= spare_bytes;
+    return spare_bytes;
+}
+
+int64_t nbd_half_sent(const struct nbd_connection *connection)
+{
+    if (connection->incoming == NULL || connection->incoming->dropped)
+        return -1;
+    return (int64_t)connection->received_bytes;
 }
 
 void nbd_stop(struct nbd_connection *connection)

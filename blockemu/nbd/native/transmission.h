@@ -27,6 +27,9 @@ enum nbd_event {
     NBD_SEND_FAILED = 7,
     NBD_ANSWERED = 8,   /* after nbd_stop: nothing in flight, nothing unsent. Or at once, if so */
     NBD_RELEASED = 9,   /* after nbd_close: no request in flight any more; nbd_free may follow */
+    NBD_UNREAD = 10,    /* the client doesn't take its replies; once until nbd_unread says -1 */
+    NBD_WANTS_MEMORY = 11, /* value: bytes for data in all, to go on; once until nbd_grant */
+    NBD_SPARE = 12,     /* after nbd_reclaim: some of what was granted isn't in use; until nbd_shrink */
 };
 
 /* How requests and replies look: reply_style.py. */
@@ -47,6 +50,7 @@ struct nbd_limits {
     uint32_t round_requests_max;
     uint32_t round_bytes_max;
     uint64_t status_reply_bytes_max;
+    uint64_t granted_bytes; /* of in_flight_bytes_max, for good: nbd_grant gives more. 0: all of it */
 };
 
 enum { NBD_LATENCY_BUCKETS = 40 };
@@ -124,6 +128,23 @@ void nbd_close(struct nbd_connection *connection);
 
 /* After NBD_RELEASED. */
 void nbd_free(struct nbd_connection *connection);
+
+/* How many bytes of replies have left since the start, while the client doesn't take more; -1 when it
+ * does: the next time that it doesn't, NBD_UNREAD says so. */
+int64_t nbd_unread(struct nbd_connection *connection);
+
+/* Requests' data may take so many bytes more from now on; those that waited for it begin. */
+void nbd_grant(struct nbd_connection *connection, uint64_t bytes);
+
+/* Others need memory (1), or don't any more (0): NBD_SPARE tells when some can be given back. */
+void nbd_reclaim(struct nbd_connection *connection, int32_t wanted);
+
+/* Gives back what isn't in use, of what was granted later; returns how much that is. */
+uint64_t nbd_shrink(struct nbd_connection *connection);
+
+/* How many bytes have come since the start, while a payload that has a buffer is half there; else -1.
+ */
+int64_t nbd_half_sent(const struct nbd_connection *connection);
 
 /* Whether anything is in flight, unsent, or half received. */
 int nbd_is_busy(const struct nbd_connection *connection);

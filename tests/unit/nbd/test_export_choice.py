@@ -176,3 +176,14 @@ def test_names_and_ids_are_each_taken_once(start_server: StartServer) -> None:
         table.add(Export("b", backend, id="one"))
     table.forget(first)
     assert table.by_id("one") is None
+
+
+def test_a_name_longer_than_its_limit_is_invalid_and_haggling_goes_on(
+    start_server: StartServer,
+) -> None:
+    client = greeted(start_server(limits=Limits(name_length_max=8)))
+    ((reply, text),) = asked(client, GO, b"x" * 9)
+    assert (reply, text) == (Reply.NBD_REP_ERR_INVALID, b"the name is longer than 8 bytes")
+    ((reply, _),) = asked(client, GO, b"x" * 8)
+    assert reply == Reply.NBD_REP_ERR_UNKNOWN
+    assert asked(client, GO, b"disk")[-1][0] == Reply.NBD_REP_ACK
