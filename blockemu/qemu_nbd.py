@@ -63,6 +63,8 @@ def config_of(request: NbdRequest, *, overlay: str | None = None) -> DaemonConfi
         aio=request.aio,
         discard=request.discard,
         detect_zeroes=request.detect_zeroes,
+        bitmaps=request.bitmaps,
+        allocation_depth=request.allocation_depth,
         rotational=False,  # qemu-nbd never says so
         address=request.addresses,
         limits=Limits(connections_max=request.shared) if request.shared else Limits(),
@@ -74,8 +76,6 @@ def config_of(request: NbdRequest, *, overlay: str | None = None) -> DaemonConfi
         # As qemu-nbd: where one client is let in, none is told that several may come.
         multi_conn=request.shared != 1,
         write_through=request.cache in WRITE_THROUGH,
-        bitmaps=request.bitmaps,
-        allocation_depth=request.allocation_depth,
     )
     # What is thrown away needn't be flushed.
     no_flush = request.cache == "unsafe" or overlay is not None
