@@ -5,6 +5,7 @@ let in, until the last has left.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,6 +20,8 @@ from blockemu.limits import Limits
 from blockemu.loop.background import PidFile, go_to_background
 from blockemu.notify import make_notify
 from blockemu.temporary_overlay import temporary_overlay
+
+log = logging.getLogger(__name__)
 
 DIRECT = frozenset({"none", "directsync"})
 WRITE_THROUGH = frozenset({"writethrough", "directsync"})
@@ -105,6 +108,8 @@ def serve_image(
             overlay = stack.enter_context(temporary_overlay(request.image, fmt=request.fmt))
 
         def ready(lines: list[str]) -> None:
+            for line in lines:
+                log.info("%s", line)
             if overlay is not None:
                 os.unlink(overlay)
             if pid_file is not None:

@@ -23,8 +23,8 @@ from blockemu.cli.verbosity import CliState, verbose_option
 
 EPILOG = """
 The server ends when its last client has left, unless -t is given; SIGTERM and SIGINT end it in good
-order at any time. Nothing is printed: connect when the socket is there, or use --fork, which
-returns when clients can connect.
+order at any time. Nothing is printed, unless -v is given, which tells the URI: connect when the
+socket is there, or use --fork, which returns when clients can connect.
 
 \b
 Examples:

@@ -367,6 +367,17 @@ def test_a_unix_socket_is_its_owners_and_may_be_relative(
     assert not path.exists()
 
 
+def test_a_free_port_is_told_by_verbose(folders: dict[str, Path]) -> None:
+    words = ["-v", "-p", "0", "-f", "raw", folders["blockemu"] / "disk.raw"]
+    with subprocess.Popen([*PROGRAMS["blockemu"], *words], stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        uris = (word for line in process.stderr for word in line.decode().split())
+        uri = next(word for word in uris if word.startswith("nbd://127.0.0.1:"))
+        run_tool(["nbdinfo", "--size", uri])
+        process.stderr.read()
+        assert process.wait(READY_S) == 0
+
+
 # --- command lines that can't be meant ---
 
 REFUSED = {
