@@ -35,7 +35,7 @@ Examples:
 """
 
 
-@click.command(epilog=EPILOG)
+@click.command(epilog=EPILOG, short_help="Serve a disk image, as qemu-nbd does.")
 @nbd_listen_options
 @click.option(
     "-x",
