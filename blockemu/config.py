@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
-from blockemu.drivers.crypto.secrets import SecretTable
+from blockemu.drivers.crypto.user_objects import UserObjects
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.filename import is_json, local_path, parse_filename
 from blockemu.drivers.metadata_budget import METADATA_BYTES_MAX
@@ -19,6 +19,7 @@ from blockemu.errors import DaemonError
 from blockemu.limits import Limits
 from blockemu.loop.iothread import default_poll_params
 from blockemu.loop.poller import PollParams
+from blockemu.nbd.tls import TlsPolicy
 
 NBD_PORT = 10809
 """Assigned to NBD by IANA."""
@@ -67,6 +68,8 @@ class DaemonConfig:
     """Everything that a daemon knows when it starts."""
 
     images: tuple[ImageConfig, ...]
+    tls: TlsPolicy | None = None
+    """Of the NBD server; None: it has no TLS."""
     address: TcpAddress | UnixAddress = field(default_factory=TcpAddress)
     control_path: str | None = None
     poll_params: PollParams = field(default_factory=default_poll_params)
@@ -74,8 +77,8 @@ class DaemonConfig:
     limits: Limits = field(default_factory=Limits)
     metadata_bytes_max: int = METADATA_BYTES_MAX
     """What caches of all images' metadata may take, together."""
-    secrets: SecretTable = field(default_factory=SecretTable)
-    """What unlocks encrypted images; QMP adds more."""
+    objects: UserObjects = field(default_factory=UserObjects)
+    """What unlocks encrypted images, and TLS credentials; QMP adds more."""
 
 
 def serve_config(
@@ -96,7 +99,8 @@ def serve_config(
     poll_params: PollParams | None = None,
     limits: Limits | None = None,
     metadata_bytes_max: int = METADATA_BYTES_MAX,
-    secrets: SecretTable | None = None,
+    objects: UserObjects | None = None,
+    tls: TlsPolicy | None = None,
 ) -> DaemonConfig:
     """The configuration of `blockemu serve`. Raises: DaemonError."""
     if not paths:
@@ -133,7 +137,8 @@ def serve_config(
         poll_params=poll_params or default_poll_params(),
         limits=limits,
         metadata_bytes_max=metadata_bytes_max,
-        secrets=secrets or SecretTable(),
+        tls=tls,
+        objects=objects or UserObjects(),
     )
 
 

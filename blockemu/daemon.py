@@ -62,11 +62,11 @@ class Daemon:
             files=files or PosixFiles(),
             ctx=self.main_ctx,
             metadata_budget=MetadataBudget(config.metadata_bytes_max),
-            secrets=config.secrets,
+            objects=config.objects,
         )
         self.exports = ExportTable()
         self.iothreads: dict[str, IOThread] = {}
-        self.nbd = NbdServer(self.iohandler_ctx, self.exports, limits=config.limits)
+        self.nbd = NbdServer(self.iohandler_ctx, self.exports, limits=config.limits, tls=config.tls)
         self.control: QmpServer | None = None
         self._notify = notify
         self.port = 0
@@ -225,9 +225,10 @@ class Daemon:
     def uri(self, export_name: str) -> str:
         """Where clients find the export of this name."""
         address = self.config.address
+        tls = self.config.tls is not None
         if isinstance(address, UnixAddress):
-            return unix_uri(address.path, export_name)
-        return tcp_uri(address.host, self.port, export_name)
+            return unix_uri(address.path, export_name, tls=tls)
+        return tcp_uri(address.host, self.port, export_name, tls=tls)
 
     def describe_exports(self) -> list[str]:
         """A line for each export: its URI, then what it is."""

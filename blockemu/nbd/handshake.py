@@ -41,6 +41,7 @@ from blockemu.drivers.nbd.protocol import (
 )
 from blockemu.loop.sync import yield_now
 from blockemu.nbd.session import Session
+from blockemu.nbd.tls import BEFORE_TLS, TlsPolicy
 
 if TYPE_CHECKING:
     from blockemu.exports import Export, ExportTable
@@ -99,10 +100,18 @@ def parse_name(data: bytes, *, name_length_max: int) -> str:
 class Negotiation:
     """One client's way through negotiation: `run` it once."""
 
-    def __init__(self, stream: NegotiationStream, exports: ExportTable, limits: Limits) -> None:
+    def __init__(
+        self,
+        stream: NegotiationStream,
+        exports: ExportTable,
+        limits: Limits,
+        tls: TlsPolicy | None = None,
+    ) -> None:
+        """`tls`: None is a server without."""
         self._stream = stream
         self._exports = exports
         self._limits = limits
+        self._tls = tls
         self._no_zeroes = False
         self._fixed = False
         self._session: Session | None = None
@@ -110,6 +119,7 @@ class Negotiation:
             Option.NBD_OPT_EXPORT_NAME: self._export_name,
             Option.NBD_OPT_ABORT: self._abort,
             Option.NBD_OPT_LIST: self._list,
+            Option.NBD_OPT_STARTTLS: self._start_tls,
             Option.NBD_OPT_INFO: self._info,
             Option.NBD_OPT_GO: self._go,
         }
@@ -142,6 +152,8 @@ class Negotiation:
             raise NegotiationError(f"bad option magic {magic:#x}")
         if not self._fixed and option != Option.NBD_OPT_EXPORT_NAME:
             raise NegotiationError(f"option {option} without fixed newstyle")
+        if self._needs_tls(option):
+            return await self._refuse_without_tls(option, length)
         if length > self._limits.option_length_max:
             return await self._too_big(option, length)
         data = await self._stream.receive(length)
@@ -165,6 +177,19 @@ class Negotiation:
         await self._reply(option, Reply.NBD_REP_ERR_TOO_BIG, b"option data too long")
         return True
 
+    def _needs_tls(self, option: int) -> bool:
+        if self._tls is None or not self._tls.required or self._stream.secure:
+            return False
+        return option not in BEFORE_TLS
+
+    async def _refuse_without_tls(self, option: int, length: int) -> bool:
+        """Whatever it says: nothing is learnt, and nothing told, before TLS ("FORCEDTLS mode")."""
+        if option == Option.NBD_OPT_EXPORT_NAME:
+            raise NegotiationError("EXPORT_NAME without TLS, which is required")
+        await self._stream.discard(length)
+        await self._reply(option, Reply.NBD_REP_ERR_TLS_REQD, b"this server requires TLS")
+        return True
+
     async def _reply(self, option: int, reply: Reply, data: bytes = b"") -> None:
         await self._stream.send(self._encode(option, reply, data))
 
@@ -184,7 +209,7 @@ class Negotiation:
             raise NegotiationError(f"no export {name!r}")
         reply = EXPORT_NAME_REPLY.pack(export.backend.length_bytes, export.transmission_flags)
         await self._stream.send(reply if self._no_zeroes else reply + EXPORT_NAME_ZEROES)
-        self._session = Session(export)
+        self._session = Session(export, tls=self._stream.tls)
         return False
 
     async def _abort(self, option: int, data: bytes) -> bool:
@@ -193,6 +218,25 @@ class Negotiation:
         except NegotiationError:
             pass  # The client need not wait for our farewell.
         return False
+
+    async def _start_tls(self, option: int, data: bytes) -> bool:
+        if self._tls is None:
+            await self._reply(option, Reply.NBD_REP_ERR_POLICY, b"TLS isn't configured here")
+            return True
+        if data:
+            raise InvalidOption("STARTTLS takes no data")
+        if self._stream.secure:
+            raise InvalidOption("TLS has been started already")
+        if self._stream.has_input():
+            # A client waits for our answer. Who doesn't wants it taken for what came through TLS.
+            raise NegotiationError("something came in the clear behind STARTTLS")
+        await self._reply(option, Reply.NBD_REP_ACK)
+        self._forget_agreed()
+        await self._tls.start(self._stream)
+        return True
+
+    def _forget_agreed(self) -> None:
+        """What was agreed on before TLS may have been somebody else's wish ("NBD_OPT_STARTTLS")."""
 
     async def _list(self, option: int, data: bytes) -> bool:
         if data:
@@ -212,7 +256,7 @@ class Negotiation:
         export = await self._describe(option, data)
         if export is None:
             return True
-        self._session = Session(export)
+        self._session = Session(export, tls=self._stream.tls)
         return False
 
     async def _describe(self, option: int, data: bytes) -> Export | None:

@@ -28,10 +28,9 @@ from blockemu.nbd.reply_queue import EARLY_REPLY_BYTES
 from blockemu.nbd.request import DISC, READ, WRITE, Request, check
 
 if TYPE_CHECKING:
-    import socket
-
     from blockemu.drivers.direct_map import DirectMap
     from blockemu.loop.buffers import Buffer
+    from blockemu.loop.stream_socket import StreamSocket
     from blockemu.nbd.transmission import Connection
 
 PLAIN_READ = request_word(READ)
@@ -53,7 +52,7 @@ class Intake:
         "_started_ns",
     )
 
-    def __init__(self, connection: Connection, sock: socket.socket) -> None:
+    def __init__(self, connection: Connection, sock: StreamSocket) -> None:
         self._connection = connection
         self._sock = sock
         self._received = ReceiveBuffer()

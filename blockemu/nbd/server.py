@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from blockemu.loop.aio_context import AioContext
     from blockemu.nbd.connection import BaseConnection
     from blockemu.nbd.session import Session
+    from blockemu.nbd.tls import TlsPolicy
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +44,18 @@ _HOST_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 class NbdServer:
     """Serves the exports of a table to whoever connects."""
 
-    def __init__(self, ctx: AioContext, exports: ExportTable, *, limits: Limits) -> None:
+    def __init__(
+        self,
+        ctx: AioContext,
+        exports: ExportTable,
+        *,
+        limits: Limits,
+        tls: TlsPolicy | None = None,
+    ) -> None:
         self._ctx = ctx
         self._exports = exports
         self._limits = limits
+        self._tls = tls
         self._listeners: list[socket.socket] = []
         self._negotiating: set[NegotiationStream] = set()
         self._connections: set[BaseConnection] = set()
@@ -150,7 +159,7 @@ class NbdServer:
         timer.arm(self._ctx.now_ns() + self._limits.negotiation_time_max_ns)
         session = None
         try:
-            session = await Negotiation(stream, self._exports, self._limits).run()
+            session = await Negotiation(stream, self._exports, self._limits, self._tls).run()
         except NegotiationError as error:
             log.info("nbd client %s: %s", peer, error)
         except Exception:
@@ -159,7 +168,7 @@ class NbdServer:
             timer.cancel()
             self._negotiating.discard(stream)
             if session is None or self._closing:
-                sock.close()
+                stream.close()
                 self._gone()
             else:
                 self._hand_over(sock, session, peer)
@@ -193,10 +202,16 @@ def make_connection(
     on_closed: Callable[[], None],
     peer: str = "",
 ) -> BaseConnection:
-    """A connection in transmission: C moves its data where the export's context has a native poll.
+    """A connection in transmission: C moves its data where the export's context has a native poll,
+    unless it goes through TLS.
 
     Context: any thread; then have the home thread call `start`.
     """
+    if session.tls is not None:
+        # Here, since most servers have no TLS.
+        from blockemu.nbd.tls_connection import TlsConnection
+
+        return TlsConnection(sock, session, limits=limits, on_closed=on_closed, peer=peer)
     if session.export.backend.ctx.native is None:
         return Connection(sock, session, limits=limits, on_closed=on_closed, peer=peer)
     # Here, since without a native poll the extension isn't needed.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from blockemu.exports import Export
+    from blockemu.loop.tls_stream import TlsStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,3 +16,5 @@ class Session:
     """Made by negotiation in the main context, then read by the connection in its own."""
 
     export: Export
+    tls: TlsStream | None = None
+    """What the client's bytes go through; None: the socket itself."""
