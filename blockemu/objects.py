@@ -18,6 +18,7 @@ from typing import Any
 from blockemu.drivers.crypto.secrets import read_secret
 from blockemu.drivers.crypto.user_objects import UserObjects
 from blockemu.drivers.errors import ImageError
+from blockemu.loop.small_file import read_small_file
 
 AUTHZ_TYPES = ("authz-simple", "authz-list", "authz-list-file")
 TLS_TYPES = ("tls-creds-x509", "tls-creds-psk", "tls-creds-anon")
@@ -82,24 +83,30 @@ def make_object(
     the main context. Raises, as does that: ImageError.
     """
     if kind == "secret":
-        value = read_secret(object_id, options, read_file)
+        value = read_secret(object_id, options, read_small_file)
         return lambda: objects.add_secret(object_id, value)
     # Imported where wanted: OpenSSL and the parsers of certificates take their time.
     if kind in AUTHZ_TYPES:
         from blockemu.drivers.crypto.authorization import read_authorizer
 
-        authorizer = read_authorizer(kind, object_id, dict(options), read_file=read_file)
+        authorizer = read_authorizer(kind, object_id, dict(options), read_file=read_small_file)
         return lambda: objects.add_authorizer(object_id, authorizer)
     if kind == "tls-creds-x509":
-        from blockemu.drivers.crypto.tls_credentials import read_x509_credentials
+        from blockemu.drivers.crypto.tls_credentials import x509_credentials
 
-        credentials = read_x509_credentials(
-            object_id, dict(options), secrets=objects.secrets, read_file=read_file, warn=warn
+        credentials = x509_credentials(
+            f"{kind} '{object_id}'",
+            dict(options),
+            secrets=objects.secrets,
+            read_file=read_small_file,
+            warn=warn,
         )
     elif kind == "tls-creds-psk":
-        from blockemu.drivers.crypto.tls_psk import read_psk_credentials
+        from blockemu.drivers.crypto.tls_psk import psk_credentials
 
-        credentials = read_psk_credentials(object_id, dict(options), read_file=read_file, warn=warn)
+        credentials = psk_credentials(
+            f"{kind} '{object_id}'", None, dict(options), read_file=read_small_file, warn=warn
+        )
     else:
         assert kind == "tls-creds-anon", kind
         raise ImageError(
@@ -108,9 +115,3 @@ def make_object(
             "use tls-creds-x509, or tls-creds-psk",
         )
     return lambda: objects.add_credentials(object_id, credentials)
-
-
-def read_file(path: str, bytes_max: int) -> bytes:
-    """The first bytes of a file; a pipe (`/dev/fd/3`) will do. Raises: OSError."""
-    with open(path, "rb") as file:
-        return file.read(bytes_max)

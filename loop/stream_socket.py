@@ -44,6 +44,12 @@ class StreamSocket(Protocol):
 UNIX_PATH_BYTES_MAX = 107
 """sun_path is 108 bytes with its final NUL (unix(7))."""
 
+
+def has_buffered(sock: StreamSocket) -> bool:
+    """Whether `sock` may have input of its own left, which no poll tells of (tls_stream.py)."""
+    return getattr(sock, "buffered", False)
+
+
 QUEUE_FULL_PAUSE_NS = 10_000_000
 """Until a unix server whose queue of new connections is full is asked again."""
 

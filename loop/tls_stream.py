@@ -54,10 +54,12 @@ bytes."""
 
 
 class TlsError(OSError):
-    """TLS can't go on: `strerror` says why in OpenSSL's words."""
+    """TLS can't go on: `strerror` says why in OpenSSL's words. `final`: because of who the peer
+    is, or isn't; so it will be the next time."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, *, final: bool = False) -> None:
         super().__init__(errno.EPROTO, reason)
+        self.final = final
 
 
 class TlsStream:
@@ -124,7 +126,8 @@ class TlsStream:
                 continue
             except ssl.SSLError as error:
                 self._try_to_flush()  # the alert, which tells the peer why
-                raise TlsError(describe(error)) from error
+                untrusted = isinstance(error, ssl.SSLCertVerificationError)
+                raise TlsError(describe(error), final=untrusted) from error
             break
         self.buffered = self._incoming.pending > 0
         if not self.flush():

@@ -106,18 +106,18 @@ def new_context(endpoint: str, versions: TlsVersions) -> ssl.SSLContext:
     return context
 
 
-def read_x509_credentials(
-    object_id: str,
+def x509_credentials(
+    name: str,
     options: dict[str, Any],
     *,
     secrets: SecretTable,
     read_file: ReadFile,
-    warn: Warn,
+    warn: Warn = lambda line: None,
 ) -> TlsCredentials:
-    """What a tls-creds-x509 object's options say. Raises: ImageError."""
-    name = f"tls-creds-x509 '{object_id}'"
+    """What a tls-creds-x509 object's options say. `name` is for messages. Raises: ImageError."""
     rest = dict(options)
-    folder, endpoint, versions = take_shared_options(name, rest)
+    folder = take_str(name, rest, "dir")
+    endpoint, versions = take_shared_options(name, rest)
     verify_peer = take_bool(name, rest, "verify-peer", default=True)
     sanity_check = take_bool(name, rest, "sanity-check", default=True)
     secret_id = take_str(name, rest, "passwordid", None)
@@ -141,12 +141,29 @@ def read_x509_credentials(
     )
 
 
-def take_shared_options(name: str, options: dict[str, Any]) -> tuple[str, str, TlsVersions]:
-    """Pop `dir`, `endpoint` and `priority`. Raises: ImageError."""
-    folder = take_str(name, options, "dir")
+def system_credentials(name: str, *, verify_peer: bool) -> TlsCredentials:
+    """A client's that trusts whom the system trusts, and has no certificate of its own."""
+    contexts = [new_context("client", TlsVersions(tls12=True, tls13=True)) for _ in range(2)]
+    for context in contexts:
+        context.verify_mode = ssl.CERT_REQUIRED if verify_peer else ssl.CERT_NONE
+        context.load_default_certs()
+    context, named_context = contexts
+    named_context.check_hostname = verify_peer
+    return TlsCredentials(
+        name=name,
+        kind="x509",
+        endpoint="client",
+        verifies_peer=verify_peer,
+        context=context,
+        named_context=named_context,
+    )
+
+
+def take_shared_options(name: str, options: dict[str, Any]) -> tuple[str, TlsVersions]:
+    """Pop `endpoint` and `priority`. Raises: ImageError."""
     endpoint = take_choice(name, options, "endpoint", ("server", "client"), "client")
     priority = take_str(name, options, "priority", DEFAULT_PRIORITY)
-    return folder, endpoint, parse_priority(name, priority)
+    return endpoint, parse_priority(name, priority)
 
 
 def refuse_rest(name: str, options: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ older Pythons refuse.
 from __future__ import annotations
 
 import binascii
+import os
 import ssl
 import sys
 from typing import TYPE_CHECKING, Any, Final
@@ -47,16 +48,22 @@ def is_supported() -> bool:
     return hasattr(ssl.SSLContext, "set_psk_server_callback")
 
 
-def read_psk_credentials(
-    object_id: str, options: dict[str, Any], *, read_file: ReadFile, warn: Warn
+def psk_credentials(
+    name: str,
+    path: str | None,
+    options: dict[str, Any],
+    *,
+    read_file: ReadFile,
+    warn: Warn = lambda line: None,
 ) -> TlsCredentials:
-    """What a tls-creds-psk object's options say. Raises: ImageError."""
-    name = f"tls-creds-psk '{object_id}'"
+    """What a tls-creds-psk object's options say. `name` is for messages; the file of keys is at
+    `path`, or in the folder `dir`. Raises: ImageError."""
     rest = dict(options)
-    folder, endpoint, versions = take_shared_options(name, rest)
+    if path is None:
+        path = os.path.join(take_str(name, rest, "dir"), KEYS_FILE)
+    endpoint, versions = take_shared_options(name, rest)
     user = take_str(name, rest, "username", DEFAULT_USER)
     refuse_rest(name, rest)
-    path = f"{folder}/{KEYS_FILE}"
     try:
         data = read_file(path, KEYS_BYTES_MAX + 1)
     except OSError as error:

@@ -124,14 +124,15 @@ class NbdLink:
         sock = await self._connect_socket()
         try:
             stream = NegotiationStream(
-                sock, self._ctx, bytes_max=NEGOTIATION_BYTES_MAX, peer="the server", external=False
-            )
+                sock, self._ctx, bytes_max=NEGOTIATION_BYTES_MAX, peer="the server", external=False,
+                wants_tls=self._address.tls,
+            )  # fmt: skip
             facts = await negotiate(stream, self._address.export)
             self._check_same(facts)
         except BaseException:
             sock.close()
             raise
-        return ClientConnection(sock, facts, name=self.name, on_lost=self._on_lost)
+        return ClientConnection(stream.transport, facts, name=self.name, on_lost=self._on_lost)
 
     async def _connect_socket(self) -> PlainSocket:
         try:

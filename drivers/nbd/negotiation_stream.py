@@ -18,6 +18,7 @@ from blockemu.loop.coroutine import Future
 from blockemu.loop.socket_options import has_input
 
 if TYPE_CHECKING:
+    from blockemu.drivers.nbd.client_tls import ClientTls
     from blockemu.loop.aio_context import AioContext
     from blockemu.loop.stream_socket import PlainSocket, StreamSocket
     from blockemu.loop.tls_stream import TlsStream
@@ -40,12 +41,15 @@ class NegotiationStream:
         bytes_max: int,
         peer: str = "client",
         external: bool = True,
+        wants_tls: ClientTls | None = None,
     ) -> None:
         """`sock` is connected and non-blocking; it stays the caller's.
 
         `peer` is what messages call the other side. `external`: its handlers are (see
         `AioContext.set_fd_handler`), since the peer is one that makes requests.
         """
+        self.wants_tls = wants_tls
+        """A client's wish, for who negotiates."""
         self.tls: TlsStream | None = None
         """What all goes through, once it was agreed on."""
         self.socket = sock
@@ -56,6 +60,11 @@ class NegotiationStream:
         self._bytes_left = bytes_max
         self._ready: Future[None] | None = None
         self._aborted: str | None = None
+
+    @property
+    def transport(self) -> StreamSocket:
+        """What the next phase uses: the socket, or the TLS on it."""
+        return self._sock
 
     @property
     def secure(self) -> bool:

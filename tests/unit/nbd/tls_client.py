@@ -10,11 +10,11 @@ from typing import Any
 
 from blockemu.drivers.crypto.authorization import Authorizer
 from blockemu.drivers.crypto.secrets import SecretTable
-from blockemu.drivers.crypto.tls_credentials import TlsCredentials, read_x509_credentials
+from blockemu.drivers.crypto.tls_credentials import TlsCredentials, x509_credentials
 from blockemu.drivers.nbd.protocol import Option, Reply
+from blockemu.loop.small_file import read_small_file
 from blockemu.loop.tls_stream import TlsStream
 from blockemu.nbd.tls import TlsPolicy
-from blockemu.objects import read_file
 from tests.unit.nbd.client import IDLE_ROUNDS_MAX, Client
 
 START = Option.NBD_OPT_STARTTLS
@@ -47,12 +47,11 @@ class TlsSocket(TlsStream):
 
 def credentials(folder: Path, endpoint: str, **options: Any) -> TlsCredentials:
     """Those of a folder."""
-    return read_x509_credentials(
+    return x509_credentials(
         "tls0",
         {"dir": str(folder), "endpoint": endpoint, **options},
         secrets=SecretTable(),
-        read_file=read_file,
-        warn=lambda line: None,
+        read_file=read_small_file,
     )
 
 
