@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may come in, by name: QEMU's objects `authz-simple`, `authz-list` and `authz-list-file`.
 
-A name is here the distinguished name in a client's certificate, `CN=laptop,O=Example`. Rules are
+A name is here the distinguished name in a client's certificate, `O=Example,CN=laptop`. Rules are
 tried in their order; the first that matches decides, and where none does, the list's policy.
 A file is read again when it has changed.
 """

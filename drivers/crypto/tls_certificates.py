@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from blockemu.drivers.errors import ImageError
 
@@ -30,6 +30,26 @@ _PURPOSES: Final = {
     "server": ExtendedKeyUsageOID.SERVER_AUTH,
     "client": ExtendedKeyUsageOID.CLIENT_AUTH,
 }
+
+
+_ATTRIBUTE_NAMES: Final = {
+    NameOID.BUSINESS_CATEGORY: "businessCategory",
+    NameOID.DN_QUALIFIER: "dnQualifier",
+    NameOID.EMAIL_ADDRESS: "EMAIL",
+    NameOID.GENERATION_QUALIFIER: "generationQualifier",
+    NameOID.GIVEN_NAME: "givenName",
+    NameOID.INITIALS: "initials",
+    NameOID.JURISDICTION_COUNTRY_NAME: "jurisdictionOfIncorporationCountryName",
+    NameOID.JURISDICTION_LOCALITY_NAME: "jurisdictionOfIncorporationLocalityName",
+    NameOID.JURISDICTION_STATE_OR_PROVINCE_NAME: "jurisdictionOfIncorporationStateOrProvinceName",
+    NameOID.POSTAL_CODE: "postalCode",
+    NameOID.PSEUDONYM: "pseudonym",
+    NameOID.SERIAL_NUMBER: "serialNumber",
+    NameOID.STREET_ADDRESS: "street",
+    NameOID.SURNAME: "surName",
+    NameOID.TITLE: "title",
+}
+"""GnuTLS's, where they aren't RFC 4514's; asked of qemu-nbd's log."""
 
 
 def read_certificates(path: str, data: bytes) -> list[x509.Certificate]:
@@ -91,8 +111,13 @@ def check_own(
 
 
 def subject_name(certificate_der: bytes) -> str:
-    """The distinguished name of whom a certificate is about, as in RFC 4514: `CN=...,O=...`."""
-    return x509.load_der_x509_certificate(certificate_der).subject.rfc4514_string()
+    """The distinguished name of whom a certificate is about: `C=GB,O=Example,CN=laptop`.
+
+    As QEMU's (that is, GnuTLS's): escaped as in RFC 4514, but in the certificate's order, where the
+    RFC begins at the end. Attributes that neither knows look different.
+    """
+    subject = x509.load_der_x509_certificate(certificate_der).subject
+    return ",".join(part.rfc4514_string(_ATTRIBUTE_NAMES) for part in subject.rdns)
 
 
 def _leads_to(chain: Sequence[x509.Certificate], authorities: Sequence[x509.Certificate]) -> bool:

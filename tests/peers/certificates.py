@@ -26,7 +26,7 @@ CLIENT = ExtendedKeyUsageOID.CLIENT_AUTH
 
 def distinguished_name(common_name: str) -> str:
     """The name of the certificate that `Authority.issue` makes, as authz objects see it."""
-    return f"CN={common_name},O=Example Org,C=GB"
+    return f"C=GB,O=Example Org,CN={common_name}"
 
 
 def _name(common_name: str) -> x509.Name:
@@ -88,11 +88,13 @@ class Authority:
         hosts: Sequence[str] = ("localhost", "127.0.0.1"),
         expired: bool = False,
         is_authority: bool = False,
+        subject: x509.Name | None = None,
     ) -> Identity:
-        """A certificate for `purpose`, and for `hosts` if it is a server's."""
+        """A certificate for `purpose`, and for `hosts` if it is a server's. `subject`: in the place
+        of the usual name."""
         key = ec.generate_private_key(ec.SECP256R1())
         builder = (
-            _builder(_name(common_name), key, expired=expired)
+            _builder(subject or _name(common_name), key, expired=expired)
             .issuer_name(self._name)
             .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
         )
