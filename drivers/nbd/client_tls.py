@@ -8,7 +8,8 @@ or `tls-psk-file=FILE`, else the authorities that the system trusts; also `tls-h
 the same names.
 
 The server's certificate must be for `tls-hostname`, or else the host that was connected to. On a
-unix socket there is no host; without a `tls-hostname` any certificate of the authority's will do.
+unix socket there is no host. There QEMU insists on a `tls-hostname`, and so does `tls-creds`;
+libnbd takes any certificate of the authority's, and so does a URI.
 """
 
 from __future__ import annotations
@@ -69,6 +70,10 @@ async def with_tls(
         if given.keys() - {"tls-hostname"}:
             raise ImageError(name, "option 'tls-creds' goes without those of a URI's TLS")
         credentials = opener.objects.credentials(name, object_id, endpoint="client")
+        if hostname is None and credentials.names_peers:
+            raise ImageError(
+                name, "option 'tls-hostname' is missing: for whom is the server's certificate?"
+            )
     elif wanted:
         credentials = await opener.offload(_credentials, name, given, opener)
     elif given:

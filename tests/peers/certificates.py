@@ -105,6 +105,11 @@ class Authority:
             builder = builder.add_extension(names, critical=False)
         return Identity(builder.sign(self.identity.key, hashes.SHA256()), key)
 
+    def adopt(self, identity: Identity) -> None:
+        """Sign with this one from now on, which another authority has issued."""
+        self.identity = identity
+        self._name = identity.certificate.subject
+
     def put(self, folder: Path, *, revoked: Sequence[Identity] = ()) -> None:
         """As who is trusted, with the list of `revoked` ones if there are any."""
         folder.mkdir(exist_ok=True)
