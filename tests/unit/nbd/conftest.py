@@ -3,6 +3,8 @@
 
 Each test runs twice: once with connections whose data Python moves, and once with native ones; so
 that both answer the same. What only one of them can show is marked `kind_only("python", reason)`.
+Tests of the transmission phase run in each style of replies on top of that; what the style is no
+matter for, or what only one has, is marked `style_only("simple", ...)`.
 The fake backends' file is no native one, so a native connection reaches it by way of faults;
 test_native_connection.py has real files.
 """
@@ -23,6 +25,7 @@ from blockemu.loop.aio_context import AioContext
 from blockemu.loop.clock import VirtualClock
 from blockemu.loop.tls_stream import TlsStream
 from blockemu.nbd.connection import BaseConnection
+from blockemu.nbd.reply_style import STYLES
 from blockemu.nbd.server import NbdServer, make_connection
 from blockemu.nbd.session import Session
 from blockemu.nbd.tls import TlsPolicy
@@ -36,6 +39,7 @@ DISK_BYTES = 2 << 20
 
 
 KINDS = ("python", "native")
+STYLE_NAMES = tuple(style.name for style in STYLES)
 
 TLS_TOO = ("test_transmission_commands", "test_transmission_end", "test_transmission_flow")
 """Modules whose tests run over TLS as well."""
@@ -43,13 +47,22 @@ TLS_TOO = ("test_transmission_commands", "test_transmission_end", "test_transmis
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kind_only(kind, reason): only for connections of this kind")
+    config.addinivalue_line("markers", "style_only(style, ...): only in these styles of replies")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "kind" in metafunc.fixturenames:
         only = metafunc.definition.get_closest_marker("kind_only")
-        kinds = (*KINDS, "tls") if metafunc.module.__name__.endswith(TLS_TOO) else KINDS
-        metafunc.parametrize("kind", only.args[:1] if only is not None else kinds)
+        kinds = only.args[:1] if only is not None else KINDS
+        if "style" not in metafunc.fixturenames:
+            metafunc.parametrize("kind", kinds)
+            return
+        only = metafunc.definition.get_closest_marker("style_only")
+        styles = only.args if only is not None else STYLE_NAMES
+        pairs = [(kind, style) for kind in kinds for style in styles]
+        if metafunc.module.__name__.endswith(TLS_TOO) and kinds == KINDS:
+            pairs.append(("tls", styles[-1]))  # which style hardly matters there
+        metafunc.parametrize(("kind", "style"), pairs)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +138,7 @@ def tls_pair(ours: socket.socket, client: Client, pki: Pki) -> TlsStream:
 
 
 @pytest.fixture
-def serve(ctx: AioContext, kind: str, pki: Pki) -> Iterator[Serve]:
+def serve(ctx: AioContext, kind: str, style: str, pki: Pki) -> Iterator[Serve]:
     """Start a connection on a fake backend; at the end all must go without a trace."""
     made: list[Served] = []
 
@@ -144,8 +157,9 @@ def serve(ctx: AioContext, kind: str, pki: Pki) -> Iterator[Serve]:
         backend = backend or FakeBackend(ctx, length_bytes, mapped=mapped)
         export = export or Export("disk", backend.as_backend, read_only=read_only)
         closed: list[bool] = []
-        client = Client(theirs, ctx)
-        session = Session(export, tls=tls_pair(ours, client, pki) if kind == "tls" else None)
+        client = Client(theirs, ctx, style=style)
+        tls = tls_pair(ours, client, pki) if kind == "tls" else None
+        session = Session(export, STYLES[STYLE_NAMES.index(style)], tls=tls)
         connection = make_connection(
             ours, session, limits=limits or Limits(), on_closed=lambda: closed.append(True)
         )

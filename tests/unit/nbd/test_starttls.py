@@ -163,6 +163,25 @@ def test_offered_tls_need_not_be_taken(start_server: StartServer, pki: Pki) -> N
     go(client)
 
 
+def test_what_was_agreed_on_before_tls_is_forgotten(start_server: StartServer, pki: Pki) -> None:
+    """Structured replies and a meta context, by somebody in the middle perhaps."""
+    client = start_server(tls=policy(pki.folder, required=False)).connect()
+    client.greet()
+    structured, context = Option.NBD_OPT_STRUCTURED_REPLY, Option.NBD_OPT_SET_META_CONTEXT
+    query = struct.pack(">I4sII", 4, b"disk", 1, 15) + b"base:allocation"
+    client.option(structured)
+    assert client.option_reply(structured)[0] == Reply.NBD_REP_ACK
+    client.option(context, query)
+    assert client.option_reply(context)[0] == Reply.NBD_REP_META_CONTEXT
+    assert client.option_reply(context)[0] == Reply.NBD_REP_ACK
+    client.option(START)
+    assert client.option_reply(START)[0] == Reply.NBD_REP_ACK
+    shake_hands(client, client_context(pki.folder))
+    client.option(context, query)
+    assert client.option_reply(context)[0] == INVALID
+    go(client)  # whose reply to READ is a simple one
+
+
 # --- what is no TLS ---
 
 
