@@ -68,6 +68,7 @@ class TlsStream:
     __slots__ = (
         "_ahead",
         "_ended",
+        "_failure",
         "_incoming",
         "_outgoing",
         "_raw",
@@ -102,6 +103,7 @@ class TlsStream:
         self._unsent = memoryview(b"")
         self._ahead = 0  # bytes of the caller's that are encrypted, and not counted as sent yet
         self._ended = False
+        self._failure: TlsError | None = None  # OpenSSL reports it once
         self._said_farewell = False
         self.buffered = False
         """More may have arrived than the last call had room for: call again."""
@@ -171,6 +173,8 @@ class TlsStream:
 
         Raises: BlockingIOError when there is nothing; TlsError when the peer breaks TLS; OSError.
         """
+        if self._failure is not None:
+            raise self._failure
         room = min(len(buffer), RECEIVE_BYTES_MAX)
         done = 0
         read = self._tls.read
@@ -191,12 +195,12 @@ class TlsStream:
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
                 return done
             except ssl.SSLError as error:
-                if done:
-                    # What was whole first; the next call meets the error again.
-                    self.buffered = True
-                    return done
                 self._try_to_flush()
-                raise TlsError(describe(error)) from error
+                self._failure = TlsError(describe(error))
+                if not done:
+                    raise self._failure from error
+                self.buffered = True  # what was whole first; the next call fails
+                return done
             if not count:
                 return done
             done += count
