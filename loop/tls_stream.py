@@ -265,10 +265,14 @@ class TlsStream:
             if not self.flush():
                 raise BlockingIOError
             sent, self._ahead = self._ahead, 0
+        write = self._tls.write
         for batch in _batches(buffers, skip=sent):
-            for record in batch:
-                self._encrypt(record)
-                self._ahead += len(record)
+            try:
+                for record in batch:
+                    # A memory BIO takes a record as a whole.
+                    self._ahead += write(record)
+            except ssl.SSLError as error:
+                raise TlsError(describe(error)) from error
             if not self.flush():
                 break
             sent += self._ahead
@@ -276,14 +280,6 @@ class TlsStream:
         if not sent and self._ahead:
             raise BlockingIOError
         return sent
-
-    def _encrypt(self, record: bytes | memoryview) -> None:
-        """Append one record to the outgoing BIO, which takes all there is."""
-        try:
-            written = self._tls.write(record)
-        except ssl.SSLError as error:
-            raise TlsError(describe(error)) from error
-        assert written == len(record), "a memory BIO takes a record as a whole"
 
     # --- the end ---
 
