@@ -91,8 +91,9 @@ def _parse_duration(text: str) -> int:
     if found is None:
         raise ValueError(f"'{text}' is not a time: a number of seconds, or with ns, us, ms, s or m")
     scale = _UNITS_NS[found[3]]
-    fraction = found[2] or "0"
-    value_ns: int = int(found[1]) * scale + int(fraction) * scale // int(10 ** len(fraction))
+    fraction_digits = found[2] or "0"
+    fraction_ns = int(fraction_digits) * scale // int("1" + "0" * len(fraction_digits))
+    value_ns = int(found[1]) * scale + fraction_ns
     if not 1 <= value_ns <= DURATION_MAX_NS:
         raise ValueError(f"{text} is not between 1ns and 24 hours")
     return value_ns

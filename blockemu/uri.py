@@ -28,5 +28,10 @@ def _scheme(tls: bool) -> str:
     return "nbds" if tls else "nbd"
 
 
+def vsock_uri(cid: int | None, port: int, export_name: str, *, tls: bool = False) -> str:
+    """`nbd+vsock://cid:port/name`. Guests find a host that listens on any id at 2."""
+    return f"{_scheme(tls)}+vsock://{2 if cid is None else cid}:{port}/{_quoted(export_name)}"
+
+
 def _quoted(export_name: str) -> str:
     return quote(export_name.encode(errors="surrogateescape"), safe="")

@@ -13,7 +13,7 @@ from blockemu.cli.export_options import ExportOptions, export_options
 from blockemu.cli.failure import one_line
 from blockemu.cli.image_options import image_opts_option
 from blockemu.cli.limit_options import limit_options
-from blockemu.cli.listener_options import listener_options
+from blockemu.cli.listener_options import ListenerOptions, listener_options
 from blockemu.cli.object_option import object_option
 from blockemu.cli.sizes import read_size
 from blockemu.cli.thread_options import ThreadOptions, thread_options
@@ -21,7 +21,6 @@ from blockemu.cli.tls_options import tls_options
 from blockemu.cli.verbosity import CliState, verbose_option
 
 if TYPE_CHECKING:
-    from blockemu.config import TcpAddress, UnixAddress
     from blockemu.limits import Limits
     from blockemu.nbd.tls import TlsPolicy
 
@@ -81,7 +80,7 @@ def serve(
     state: CliState,
     fmt: str | None,
     exports: ExportOptions,
-    address: TcpAddress | UnixAddress,
+    listeners: ListenerOptions,
     drive: DriveOptions,
     threads: ThreadOptions,
     limits: Limits,
@@ -110,8 +109,19 @@ def serve(
         discard=drive.discard,
         detect_zeroes=drive.detect_zeroes,
         overlap_check=drive.overlap_check,
-        address=address,
+        descriptions=exports.descriptions,
+        hidden=exports.hidden,
+        default_export=exports.default,
+        aliases=exports.aliases,
+        export_connections_max=exports.connections_max,
+        rotational=exports.rotational,
+        resizable=exports.resizable,
+        bitmaps=exports.bitmaps,
+        allocation_depth=exports.allocation_depth,
+        address=listeners.addresses,
+        listing=listeners.listing,
         control_path=control_path,
+        control_sockets=listeners.control_sockets,
         poll_params=threads.poll_params,
         limits=limits,
         metadata_bytes_max=METADATA_BYTES_MAX if metadata_bytes is None else metadata_bytes,

@@ -4,6 +4,7 @@ serve. The credentials themselves are objects (object_option.py)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
@@ -49,3 +50,44 @@ tls_options = option_group(
     ),
 )
 """--tls-creds, --tls-authz, --tls, handed in as `tls`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NbdTlsOptions:
+    """qemu-nbd's, for its server and for its client (`--list`)."""
+
+    credentials_id: str | None
+    authz_id: str | None
+    hostname: str | None
+
+    def policy(self) -> TlsPolicy | None:
+        """The server's. Raises: DaemonError, ImageError."""
+        if self.hostname is not None:
+            raise click.UsageError("--tls-hostname goes with --list only.")
+        return _policy(self.credentials_id, self.authz_id, None)
+
+
+nbd_tls_options = option_group(
+    "tls",
+    lambda tls_credentials, tls_authz, tls_hostname: NbdTlsOptions(
+        credentials_id=tls_credentials, authz_id=tls_authz, hostname=tls_hostname
+    ),
+    click.option(
+        "--tls-creds",
+        "tls_credentials",
+        metavar="ID",
+        help="Require TLS, with the credentials of this --object tls-creds-x509 or tls-creds-psk.",
+    ),
+    click.option(
+        "--tls-authz",
+        metavar="ID",
+        help="Let in only clients whose certificates' names this --object authz-list, "
+        "authz-list-file or authz-simple allows.",
+    ),
+    click.option(
+        "--tls-hostname",
+        metavar="NAME",
+        help="With --list: whom the server's certificate must be for.  [default: the host at -b]",
+    ),
+)
+"""--tls-creds, --tls-authz, --tls-hostname, handed in as `tls`."""

@@ -64,25 +64,27 @@ def tls_policy(
     credentials_id: str | None,
     authz_id: str | None = None,
     mode: str | None = None,
+    says: tuple[str, str, str] = ("--tls-creds", "--tls-authz", "--tls"),
 ) -> TlsPolicy | None:
     """What `--tls-creds`, `--tls-authz` and `--tls` ask for together; None is a server without TLS.
 
-    `mode` is one of TLS_MODES; without it, "require" where there are credentials.
+    `mode` is one of TLS_MODES; without it, "require" where there are credentials. `says`: what the
+    three are called by whoever gave them.
     Raises: DaemonError, ImageError.
     """
     if credentials_id is None:
         if mode not in (None, "off"):
-            raise DaemonError("--tls", f"'{mode}' takes credentials: --tls-creds ID")
+            raise DaemonError(says[2], f"'{mode}' takes credentials: {says[0]} ID")
         if authz_id is not None:
-            raise DaemonError("--tls-authz", "goes with --tls-creds only")
+            raise DaemonError(says[1], f"goes with {says[0]} only")
         return None
-    credentials = objects.credentials("--tls-creds", credentials_id, endpoint="server")
+    credentials = objects.credentials(says[0], credentials_id, endpoint="server")
     authorizer = None
     if authz_id is not None:
-        authorizer = objects.authorizer("--tls-authz", authz_id)
+        authorizer = objects.authorizer(says[1], authz_id)
         if not credentials.names_peers:
             raise DaemonError(
-                "--tls-authz",
+                says[1],
                 f"takes the names in clients' certificates, and {credentials.name} asks for none: "
                 "that takes tls-creds-x509 with verify-peer=on",
             )

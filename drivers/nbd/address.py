@@ -49,13 +49,14 @@ class NbdAddress:
         export = quote(self.export.encode(errors="surrogateescape"), safe="/:@!$&'()*+,;=")
         if self.path is not None:
             path = quote(self.path.encode(errors="surrogateescape"), safe="/:@!$'()*+,;=")
-            query = f"?socket={path}{_tls_query(self.tls, '&')}"
+            query = f"?socket={path}{tls_query(self.tls, '&')}"
             return f"{scheme}+unix://{'/' if export else ''}{export}{query}"
-        query = _tls_query(self.tls, "?")
+        query = tls_query(self.tls, "?")
         return f"{scheme}://{self.server}{'/' if export else ''}{export}{query}"
 
 
-def _tls_query(tls: ClientTls | None, before: str) -> str:
+def tls_query(tls: ClientTls | None, before: str) -> str:
+    """What a URI says of TLS, behind `before`; nothing, where that is nothing."""
     items = tls.query if tls is not None else ()
     text = "&".join(
         f"{key}={quote(value.encode(errors='surrogateescape'))}" for key, value in items

@@ -12,6 +12,7 @@ watches the clock calls, and by a bound on the bytes taken from it.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from blockemu.loop.coroutine import Future
@@ -109,6 +110,10 @@ class NegotiationStream:
     def close(self) -> None:
         """Close the socket, with a farewell if there is TLS. For who has no further use for it."""
         self._sock.close()
+
+    def lift_bound(self) -> None:
+        """Negotiation is over, and who reads on has bounds of its own."""
+        self._bytes_left = sys.maxsize
 
     async def receive(self, length: int) -> bytes:
         """Exactly `length` bytes. Suspends: until they are there. Raises: NegotiationError."""

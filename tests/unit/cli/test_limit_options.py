@@ -62,5 +62,5 @@ def test_nonsense_is_refused_with_its_name(text: str, complaint: str) -> None:
 def test_serve_lists_its_limits_without_an_image() -> None:
     result = CliRunner().invoke(cli, ["serve", "--limits"])
     assert result.exit_code == 0
-    assert "connections=1024\n" in result.output
+    assert "connections=2048\n" in result.output
     assert "negotiation-time=10s\n" in result.output
