@@ -7,11 +7,15 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
+import signal
 import socket
 import ssl
 import struct
+import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -19,6 +23,7 @@ from cryptography import x509 as certificates
 from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import NameOID
 
+from blockemu.cli import main
 from blockemu.drivers.crypto.tls_certificates import subject_name
 from tests.e2e.raw_nbd import OPTION_MAGIC
 from tests.peers.blockemu import BlockemuDaemon
@@ -376,3 +381,104 @@ def test_a_hundred_unfinished_handshakes_cost_others_nothing(
         after_kib = server.peak_rss_kib()
         assert after_kib is not None
         assert after_kib - peak_kib < 40 * 1024
+
+
+# --- the other commands ---
+
+
+def test_nbd_info_and_list_are_as_nbdinfo_says(
+    image: Path, socket_path: Path, pki: Pki, capfd: pytest.CaptureFixture[str]
+) -> None:
+    uri = secure_uri(socket_path, pki.folder)
+    with daemon(image, socket_path, pki.folder):
+        for ours_, theirs_ in ((["info"], []), (["list"], ["--list"])):
+            said = json.loads(our_nbd(capfd, *ours_, "--json", uri))
+            expected = json.loads(
+                run_tool(["nbdinfo", "--no-content", "--json", *theirs_, uri]).stdout
+            )
+            assert said["TLS"] is expected["TLS"] is True
+            names = [export["export-name"] for export in expected["exports"]]
+            assert [export["export-name"] for export in said["exports"]] == names
+            again = said["exports"][0]["uri"]
+            assert again.startswith("nbds+unix:///")
+            assert "with TLS" in run_tool(["nbdinfo", again]).stdout
+
+
+def our_nbd(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """`blockemu nbd ...`, which must succeed; its stdout."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(["nbd", *arguments])
+    output = capfd.readouterr()
+    assert caught.value.code == 0, output.err
+    return output.out
+
+
+def test_blockemu_nbd_stands_in_for_qemu_nbd(
+    image: Path, socket_path: Path, pki: Pki, capfd: pytest.CaptureFixture[str]
+) -> None:
+    identity = distinguished_name("laptop").replace(",", ",,")
+    command = [sys.executable, "-m", "blockemu", "nbd", "-t", "-k", str(socket_path), "-x", "disk"]
+    command += ["--object", x509(pki.folder, "server"), "--tls-creds", "tls0", "-f", "raw"]
+    command += ["--object", f"authz-simple,id=a,identity={identity}", "--tls-authz", "a", "--fork"]
+    pid_file = socket_path.parent / "pid"
+    run_tool([*command, "--pid-file", pid_file, image])
+    try:
+        assert run_tool(["nbdinfo", plain_uri(socket_path)], check=False).code != 0
+        assert "with TLS" in run_tool(["nbdinfo", secure_uri(socket_path, pki.folder)]).stdout
+        tls = ["--object", x509(pki.folder, "client"), "--tls-creds", "tls0"]
+        tls += ["--tls-hostname", "localhost"]
+        listed = our_nbd(capfd, "-L", "-k", str(socket_path), *tls)
+        theirs_ = run_tool(["qemu-nbd", "-L", "-k", socket_path, *tls]).stdout
+        assert "export: 'disk'" in listed
+        assert "export: 'disk'" in theirs_
+    finally:
+        pid = int(pid_file.read_text())
+        with os.fdopen(os.pidfd_open(pid)) as process:
+            os.kill(pid, signal.SIGTERM)
+            select.select([process], [], [], 30)
+
+
+def test_qmp_starts_a_server_with_tls(image: Path, run_dir: Path, pki: Pki) -> None:
+    control, path = run_dir / "qmp", run_dir / "second"
+    server = BlockemuDaemon(
+        image, fmt="raw", socket_path=run_dir / "first", export="disk",
+        extra=["--control", str(control)],
+    )  # fmt: skip
+    with server, socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(control))
+        file = sock.makefile("rwb")
+        file.readline()
+
+        def ask(command: str, **arguments: object) -> dict[str, Any]:
+            file.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+            file.flush()
+            while True:
+                answer: dict[str, Any] = json.loads(file.readline())
+                if "event" not in answer:
+                    return answer
+
+        assert "return" in ask("qmp_capabilities")
+        assert "return" in ask("nbd-server-stop")
+        addr = {"type": "unix", "data": {"path": str(path)}}
+        missing = ask("nbd-server-start", addr=addr, **{"tls-creds": "tls0"})
+        assert "there are no TLS credentials 'tls0'" in missing["error"]["desc"]
+        made = ask(
+            "object-add",
+            **{"qom-type": "tls-creds-x509", "id": "tls0", "dir": str(pki.folder),
+               "endpoint": "server", "verify-peer": True},
+        )  # fmt: skip
+        assert made == {"return": {}}
+        assert "return" in ask("nbd-server-start", addr=addr, **{"tls-creds": "tls0"})
+        assert "return" in ask(
+            "nbd-server-add", device=node_name(ask("query-named-block-nodes")), name="disk"
+        )
+        assert run_tool(["nbdinfo", plain_uri(path)], check=False).code != 0
+        assert "with TLS" in run_tool(["nbdinfo", secure_uri(path, pki.folder)]).stdout
+        file.close()
+
+
+def node_name(answer: dict[str, Any]) -> str:
+    """The format's node."""
+    names = [node["node-name"] for node in answer["return"] if node["drv"] == "raw"]
+    return str(names[0])
