@@ -180,5 +180,7 @@ def _list(listen: NbdListenOptions, tls: NbdTlsOptions, image: str | None) -> No
 
     if image is not None:
         raise click.UsageError("--list takes no image.")
+    if tls.authz_id is not None:
+        raise click.UsageError("--tls-authz doesn't go with --list.")
     for line in list_exports(listen.server(), tls_id=tls.credentials_id, tls_hostname=tls.hostname):
         click.echo(one_line(line))

@@ -8,16 +8,23 @@ from pathlib import Path
 
 import pytest
 
+from blockemu.drivers.nbd.address import NbdAddress, parse_uri, take_address
 from blockemu.drivers.nbd.protocol import INFO_EXPORT, Option, Reply
 from blockemu.nbdinfo.describe import short_size
 from blockemu.nbdinfo.map import describe
 from blockemu.nbdinfo.qemu_listing import list_exports
-from blockemu.nbdinfo.server import address_of, uri_of
+from blockemu.nbdinfo.server import uri_of
 from tests.peers.process import nbd_uri
 from tests.peers.scripted_nbd import SIZE, Client, ScriptedNbd
 from tests.unit.nbdinfo.side_by_side import ours
 
 NAMES = (b"a\nb", b"\xff\xfe", "Ü".encode(), b"")
+
+
+def located(uri: str) -> NbdAddress:
+    options = parse_uri(uri)
+    del options["driver"]
+    return take_address(uri, options)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +66,7 @@ def test_what_is_not_known_has_no_meaning(context: str, state: int, meaning: str
     ],
 )
 def test_a_uri_is_shown_with_all_its_parts(uri: str, whole: str) -> None:
-    assert uri_of(address_of(uri)) == whole
+    assert uri_of(located(uri)) == whole
 
 
 def serve(client: Client) -> None:
@@ -85,7 +92,7 @@ def test_strange_names_stay_on_their_line(
     with ScriptedNbd(tmp_path / "s", serve):
         human = ours(capfd, "list", nbd_uri(tmp_path / "s"))
         machine = ours(capfd, "list", "--json", nbd_uri(tmp_path / "s"))
-        listing = list(list_exports(address_of(nbd_uri(tmp_path / "s"))))
+        listing = list(list_exports(located(nbd_uri(tmp_path / "s"))))
     assert human.code == machine.code == 0
     assert human.out.count("export=") == len(NAMES)
     assert 'export="a\\nb":\n' in human.out
