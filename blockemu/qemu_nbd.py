@@ -5,6 +5,7 @@ let in, until the last has left.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,12 +14,15 @@ from dataclasses import dataclass, field, replace
 from blockemu.addresses import Address
 from blockemu.config import DaemonConfig, serve_config
 from blockemu.daemon import Daemon
-from blockemu.drivers.crypto.secrets import SecretTable
+from blockemu.drivers.crypto.user_objects import UserObjects
 from blockemu.errors import DaemonError
 from blockemu.limits import Limits
 from blockemu.loop.background import PidFile, go_to_background
+from blockemu.nbd.tls import TlsPolicy
 from blockemu.notify import make_notify
 from blockemu.temporary_overlay import temporary_overlay
+
+log = logging.getLogger(__name__)
 
 DIRECT = frozenset({"none", "directsync"})
 WRITE_THROUGH = frozenset({"writethrough", "directsync"})
@@ -47,7 +51,8 @@ class NbdRequest:
     detect_zeroes: str = "off"
     bitmaps: tuple[str, ...] = ()
     allocation_depth: bool = False
-    secrets: SecretTable = field(default_factory=SecretTable)
+    objects: UserObjects = field(default_factory=UserObjects)
+    tls: TlsPolicy | None = None
 
 
 def config_of(request: NbdRequest, *, overlay: str | None = None) -> DaemonConfig:
@@ -63,10 +68,13 @@ def config_of(request: NbdRequest, *, overlay: str | None = None) -> DaemonConfi
         aio=request.aio,
         discard=request.discard,
         detect_zeroes=request.detect_zeroes,
+        bitmaps=request.bitmaps,
+        allocation_depth=request.allocation_depth,
         rotational=False,  # qemu-nbd never says so
         address=request.addresses,
         limits=Limits(connections_max=request.shared) if request.shared else Limits(),
-        secrets=request.secrets,
+        objects=request.objects,
+        tls=request.tls,
     )
     (image,) = config.images
     export = replace(
@@ -74,8 +82,6 @@ def config_of(request: NbdRequest, *, overlay: str | None = None) -> DaemonConfi
         # As qemu-nbd: where one client is let in, none is told that several may come.
         multi_conn=request.shared != 1,
         write_through=request.cache in WRITE_THROUGH,
-        bitmaps=request.bitmaps,
-        allocation_depth=request.allocation_depth,
     )
     # What is thrown away needn't be flushed.
     no_flush = request.cache == "unsafe" or overlay is not None
@@ -105,6 +111,8 @@ def serve_image(
             overlay = stack.enter_context(temporary_overlay(request.image, fmt=request.fmt))
 
         def ready(lines: list[str]) -> None:
+            for line in lines:
+                log.info("%s", line)
             if overlay is not None:
                 os.unlink(overlay)
             if pid_file is not None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from blockemu.loop.coroutine import Future
 from blockemu.loop.current import running_context
@@ -22,18 +23,39 @@ from blockemu.loop.sync import sleep_ns
 if TYPE_CHECKING:
     from blockemu.loop.aio_context import AioContext
 
-StreamSocket = socket.socket
-"""What the two functions below return: connected, non-blocking, close-on-exec, tuned."""
+
+PlainSocket = socket.socket
+"""One of the kernel's, as the two functions below make them."""
+
+
+class StreamSocket(Protocol):
+    """A connected, non-blocking socket as a connection uses it: one of the kernel's, or a
+    `TlsStream`. All raise BlockingIOError when nothing can be done now, else OSError."""
+
+    def fileno(self) -> int: ...
+    def recv(self, bufsize: int, /) -> bytes: ...
+    def recv_into(self, buffer: memoryview, /) -> int: ...
+    def recvmsg_into(self, buffers: list[memoryview], /) -> tuple[int, Any, Any, Any]: ...
+    def send(self, data: bytes | memoryview, /) -> int: ...
+    def sendmsg(self, buffers: Sequence[bytes | memoryview], /) -> int: ...
+    def close(self) -> None: ...
+
 
 UNIX_PATH_BYTES_MAX = 107
 """sun_path is 108 bytes with its final NUL (unix(7))."""
+
+
+def has_buffered(sock: StreamSocket) -> bool:
+    """Whether `sock` may have input of its own left, which no poll tells of (tls_stream.py)."""
+    return getattr(sock, "buffered", False)
+
 
 QUEUE_FULL_PAUSE_NS = 10_000_000
 """Until a unix server whose queue of new connections is full is asked again."""
 
 
-async def connect_unix(path: str) -> StreamSocket:
-    """Connect to the unix socket at `path`.
+async def connect_unix(path: str) -> socket.socket:
+    """Connect to the unix socket at `path`: close-on-exec and tuned, as by `connect_tcp`.
 
     Context: a task. Suspends: while the server's queue is full. Raises: OSError.
     """
@@ -43,7 +65,7 @@ async def connect_unix(path: str) -> StreamSocket:
     return await _connect(socket.AF_UNIX, socket.SOCK_STREAM, 0, path)
 
 
-async def connect_tcp(host: str, port: int) -> StreamSocket:
+async def connect_tcp(host: str, port: int) -> socket.socket:
     """Connect to `port` of `host`, a name or an address of IPv4 or IPv6.
 
     Context: a task. Suspends: until a connection is made, or none could be.
@@ -73,7 +95,7 @@ async def _addresses(host: str, port: int) -> list[tuple[int, int, int, Any]]:
         raise OSError(errno.EINVAL, "not a host name") from error
 
 
-async def _connect(family: int, kind: int, protocol: int, address: Any) -> StreamSocket:
+async def _connect(family: int, kind: int, protocol: int, address: Any) -> socket.socket:
     sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
     try:
         ctx = running_context()

@@ -73,7 +73,9 @@ def no_content_option(function: F) -> F:
     )(function)
 
 
-@click.command(cls=InfoCommand, epilog=INFO_EPILOG)
+@click.command(
+    cls=InfoCommand, epilog=INFO_EPILOG, short_help="Describe an export, as nbdinfo does."
+)
 @json_option
 @click.option(
     "--map",
@@ -138,7 +140,7 @@ def info(
     return 0
 
 
-@click.command("list", epilog=LIST_EPILOG)
+@click.command("list", epilog=LIST_EPILOG, short_help="Describe all exports of a server.")
 @json_option
 @no_content_option
 @click.argument("uri", metavar="URI")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 from blockemu.drivers.nbd.protocol import REQUEST, Command, request_word
 from blockemu.drivers.nbd.replies import InFlight, ProtocolViolation, ReplyParser
 from blockemu.loop.coroutine import Cancelled
+from blockemu.loop.stream_socket import has_buffered
 from blockemu.loop.sync import Semaphore
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class ClientConnection:
         """Serve it in `ctx` from now on. Nothing is in flight."""
         self._ctx = ctx
         self._watch()
+        self._read_buffered_later()
 
     def detach(self) -> None:
         """Leave the context. Nothing is in flight."""
@@ -209,6 +211,17 @@ class ClientConnection:
             self.drop(f"the server {violation}", final=True)
         except OSError as error:
             self.drop(f"receiving from the server failed: {error.strerror}")
+        self._read_buffered_later()
+
+    def _read_buffered_later(self) -> None:
+        """TLS may have more for us, of which no poll would tell."""
+        ctx = self._ctx
+        if ctx is not None and self._lost is None and has_buffered(self._sock):
+            ctx.schedule_oneshot(lambda: self._read_buffered(ctx))
+
+    def _read_buffered(self, ctx: AioContext) -> None:
+        if self._ctx is ctx and self._lost is None and has_buffered(self._sock):
+            self._on_readable()
 
     # --- the end ---
 

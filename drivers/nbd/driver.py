@@ -10,6 +10,7 @@ from blockemu.drivers.driver import BlockDriver, BlockStatus, RequestFlags
 from blockemu.drivers.errors import ImageError, io_error
 from blockemu.drivers.nbd.address import take_address
 from blockemu.drivers.nbd.client_connection import ClientConnection
+from blockemu.drivers.nbd.client_tls import with_tls
 from blockemu.drivers.nbd.link import NbdLink
 from blockemu.drivers.nbd.protocol import (
     AllocationState,
@@ -32,7 +33,8 @@ class NbdDriver(BlockDriver):
     """Options: `server` with `type` inet (`host`, `port`) or unix (`path`); `export` (the name,
     default ""); `open-timeout`: seconds for which opening goes on trying to connect (default 0:
     once); `reconnect-delay`: seconds for which requests wait for a new connection when one was lost
-    (default 0: they fail). `host`, `port` and `path` without `server` are QEMU's old spelling."""
+    (default 0: they fail); `tls-creds`, `tls-hostname`, and more of client_tls.py. `host`, `port`
+    and `path` without `server` are QEMU's old spelling."""
 
     name = "nbd"
     is_protocol = True
@@ -45,6 +47,7 @@ class NbdDriver(BlockDriver):
     @classmethod
     async def open(cls, node: BlockDriverState, options: dict[str, Any], opener: Opener) -> Self:
         address = take_address(node.node_name, options)
+        address = await with_tls(address.uri, address, options, opener)
         node.filename = address.uri
         open_timeout_s = _take_seconds(address.uri, options, "open-timeout")
         reconnect_delay_s = _take_seconds(address.uri, options, "reconnect-delay")

@@ -29,7 +29,7 @@ from blockemu.drivers.nbd.client_handshake import (
 )
 from blockemu.drivers.nbd.negotiation_stream import NegotiationError, NegotiationStream
 from blockemu.loop.coroutine import Cancelled, settled
-from blockemu.loop.stream_socket import StreamSocket, connect_tcp, connect_unix
+from blockemu.loop.stream_socket import PlainSocket, connect_tcp, connect_unix
 from blockemu.loop.sync import WaitQueue, sleep_ns
 
 if TYPE_CHECKING:
@@ -124,16 +124,17 @@ class NbdLink:
         sock = await self._connect_socket()
         try:
             stream = NegotiationStream(
-                sock, self._ctx, bytes_max=NEGOTIATION_BYTES_MAX, peer="the server", external=False
-            )
+                sock, self._ctx, bytes_max=NEGOTIATION_BYTES_MAX, peer="the server", external=False,
+                wants_tls=self._address.tls,
+            )  # fmt: skip
             facts = await negotiate(stream, self._address.export)
             self._check_same(facts)
         except BaseException:
             sock.close()
             raise
-        return ClientConnection(sock, facts, name=self.name, on_lost=self._on_lost)
+        return ClientConnection(stream.transport, facts, name=self.name, on_lost=self._on_lost)
 
-    async def _connect_socket(self) -> StreamSocket:
+    async def _connect_socket(self) -> PlainSocket:
         try:
             if self._address.path is not None:
                 return await connect_unix(self._address.path)

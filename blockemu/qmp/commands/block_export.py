@@ -79,14 +79,13 @@ async def block_export_add(session: Session, arguments: ExportAddArguments) -> d
     _check_iothread(session, node, arguments)
     if not session.daemon.nbd.is_running:
         raise QmpError("NBD server not running")
-    if arguments.writethrough:
-        raise QmpError("Parameter 'writethrough' can't be on: use FUA, or flush")
     if arguments.max_connections is not None and arguments.max_connections < 1:
         raise QmpError("Parameter 'max-connections' expects at least 1")
     spec = ExportSpec(
         name=arguments.node_name if arguments.name is None else arguments.name,
         id=arguments.id,
         writable=arguments.writable,
+        write_through=arguments.writethrough,
         description=arguments.description,
         hidden=arguments.hidden,
         connections_max=arguments.max_connections,

@@ -4,7 +4,7 @@ and write, who gets in, and how it ends.
 
 Differences, all of them:
 - a raw image whose length isn't one of sectors: qemu-nbd adds the rest of the last one;
-- sizes (`-o 1M`) may have suffixes;
+- sizes (`-o 1M`) may have suffixes; long options are written in full;
 - an encrypted image's smallest block: 512 bytes; ours aligns;
 - a client that names no export gets the one that there is, whatever it is called (so `-x name`
   doesn't hide it); qemu-nbd refuses;
@@ -108,7 +108,7 @@ LINES = {
     "raw": "-t -f raw @disk.raw",
     "probed": "-t @disk.qcow2",
     "read-only for two": "-t -r -e 2 -f qcow2 @disk.qcow2",
-    "for all": "--persistent --shared=0 --format=qcow2 @disk.qcow2",
+    "for all": "@disk.qcow2 -te0 --format=qcow2",
     "named": "-t -x a/b -D described -e 0 -f raw @disk.raw",
     "offset, writethrough": "-t -o 512 --cache=writethrough -f raw @disk.raw",
     "offset, discard": "-t -o 1048576 --discard=on --detect-zeroes=unmap -f qcow2 @disk.qcow2",
@@ -365,6 +365,17 @@ def test_a_unix_socket_is_its_owners_and_may_be_relative(
         pass
     wait()
     assert not path.exists()
+
+
+def test_a_free_port_is_told_by_verbose(folders: dict[str, Path]) -> None:
+    words = ["-v", "-p", "0", "-f", "raw", folders["blockemu"] / "disk.raw"]
+    with subprocess.Popen([*PROGRAMS["blockemu"], *words], stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        uris = (word for line in process.stderr for word in line.decode().split())
+        uri = next(word for word in uris if word.startswith("nbd://127.0.0.1:"))
+        run_tool(["nbdinfo", "--size", uri])
+        process.stderr.read()
+        assert process.wait(READY_S) == 0
 
 
 # --- command lines that can't be meant ---

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import random
+import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,17 @@ from blockemu.drivers.errors import ImageError
 from blockemu.drivers.nbd import inspection as subject
 from blockemu.drivers.nbd.address import NbdAddress
 from blockemu.drivers.nbd.inspection import ExportInfo, Inspection, ListedExport, inspecting
-from blockemu.drivers.nbd.protocol import INFO_EXPORT, ChunkType, Option, Reply
+from blockemu.drivers.nbd.protocol import (
+    GREETING,
+    IHAVEOPT,
+    INFO_EXPORT,
+    NBD_REP_MAGIC,
+    NBDMAGIC,
+    OPTION_REPLY,
+    ChunkType,
+    Option,
+    Reply,
+)
 from blockemu.loop.aio_context import AioContext
 from tests.peers.scripted_nbd import SIZE, Client, ScriptedNbd
 
@@ -224,3 +236,56 @@ def test_a_bad_block_status_is_said(
 ) -> None:
     with ScriptedNbd(tmp_path / "s", mapped(reply)), pytest.raises(ImageError, match=reason):
         ask_map(ctx, tmp_path / "s")
+
+
+def transcript() -> bytes:
+    """All that a good server says to who maps its export."""
+
+    def reply(option: int, kind: int, data: bytes = b"") -> bytes:
+        return OPTION_REPLY.pack(NBD_REP_MAGIC, option, kind, len(data)) + data
+
+    said = GREETING.pack(NBDMAGIC, IHAVEOPT, 3) + reply(8, 1)
+    said += reply(10, 4, CONTEXT) + reply(10, 1)
+    said += reply(7, 3, INFO_EXPORT.pack(0, SIZE, 3)) + reply(7, 3, b"\0\2about it") + reply(7, 1)
+    extents = struct.pack(">III", 7, SIZE // 2, 0)
+    head = struct.pack(">IHH8sI", STRUCTURED, 1, 5, (1).to_bytes(8, "big"), len(extents))
+    second = struct.pack(">IHH8sI", STRUCTURED, 1, 5, (2).to_bytes(8, "big"), len(extents))
+    return said + head + extents + second + extents
+
+
+def recite(text: bytes) -> Callable[[Client], None]:
+    """A server that says this, and listens until the client has gone."""
+
+    def serve(client: Client) -> None:
+        client.send(text)
+        client.sock.shutdown(socket.SHUT_WR)
+        while client.sock.recv(4096):
+            pass
+
+    return serve
+
+
+def test_what_a_server_says_is_never_more_than_an_error(ctx: AioContext, tmp_path: Path) -> None:
+    """Bytes changed, left out and cut off, by seed."""
+    good = transcript()
+    with ScriptedNbd(tmp_path / "good", recite(good)):
+        assert ask_map(ctx, tmp_path / "good") == [(SIZE // 2, 0)] * 2
+    outcomes = set()
+    for seed in range(150):
+        chance = random.Random(seed)
+        text = bytearray(good)
+        for _ in range(chance.randint(1, 3)):
+            text[chance.randrange(len(text))] = chance.choice(
+                (0, 1, 0x7F, 0xFF, chance.randrange(256))
+            )
+        del text[chance.randrange(len(text) * 2) :]
+        with ScriptedNbd(tmp_path / f"{seed}", recite(bytes(text))):
+            try:
+                ask_map(ctx, tmp_path / f"{seed}")
+                outcomes.add("map")
+            except ImageError as error:
+                outcomes.add(type(error).__name__)
+            except Exception as error:
+                error.add_note(f"seed {seed}")
+                raise
+    assert outcomes == {"map", "ImageError"}
