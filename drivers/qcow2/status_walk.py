@@ -140,7 +140,10 @@ class _Walk:
         below = self.below
         start, end, state = (0, self._file.length, _IS_DATA) if below is None else below.window
         taken, is_data, lengths = self._plain.runs(
-            words, start=start, end=end - self._mask, runs_max=self._runs_max - len(self.runs)
+            words,
+            start=start,
+            end=end - self._mask,
+            runs_max=max(self._runs_max - len(self.runs), 0),  # `_add` may go past the bound
         )
         if lengths:
             states = [state, self._absent] if is_data else [self._absent, state]

@@ -144,7 +144,7 @@ def image_map(uri: str, context: str | None = None) -> list[dict[str, Any]]:
         options = {"driver": "nbd", "x-dirty-bitmap": context, "export": "disk"}
         path = uri.partition("?socket=")[2]
         options["server"] = {"type": "unix", "path": path}  # type: ignore[assignment]
-        target = "json:" + json.dumps(options)
+        target = "json:" + json.dumps({"driver": "raw", "file": options})
     merged: list[dict[str, Any]] = []
     for entry in QemuImg.map(target):
         last = merged[-1] if merged else None

@@ -45,6 +45,7 @@ LAYER = st.fixed_dictionaries(
             [
                 {"cluster_size": 512},
                 {"cluster_size": 4096},
+                {"cluster_size": 16384},
                 {"cluster_size": 4096, "compat": "0.10"},
                 {"cluster_size": 16384, "extended_l2": "on"},
                 {"cluster_size": 4096, "data_file": True},
@@ -226,3 +227,18 @@ def test_runs_join_and_are_cut() -> None:
     runs.cut(16)
     assert (runs.lengths, runs.states) == ([16], [1])
     assert BITS_MASK == ALLOCATED | DATA | READS_ZERO
+
+
+def test_a_cluster_that_is_partly_a_hole_may_fill_an_answer(images: Images) -> None:
+    """As it falls to pieces there may be more runs than asked for, with plain entries behind."""
+    images.create("disk", MIB)
+    disk = images.open("disk")
+    disk.write(0, b"x" * 256 * KIB)
+    mapped = disk.ctx.run(disk.node.block_status(0, 64 * KIB)).host_offset
+    assert mapped is not None
+    images["disk"].holes.update(range(mapped // 4096, mapped // 4096 + 16, 2))
+    disk.driver.image.preallocated = True
+    expected = disk.ctx.run(expected_states(disk))
+    for runs_max in (1, 2, 3, 15, 16, 17):
+        assert disk.ctx.run(states_in_bulk(disk, runs_max, 0)) == expected
+    disk.close()
