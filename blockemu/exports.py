@@ -63,10 +63,12 @@ class Export:
         """What a client of this export may ask of it. Context: main."""
         flag = TransmissionFlag
         flags = flag.NBD_FLAG_HAS_FLAGS | flag.NBD_FLAG_SEND_FLUSH | flag.NBD_FLAG_SEND_FUA
+        flags |= flag.NBD_FLAG_SEND_CACHE
         if self.read_only:
             flags |= flag.NBD_FLAG_READ_ONLY
         else:
             flags |= flag.NBD_FLAG_SEND_TRIM | flag.NBD_FLAG_SEND_WRITE_ZEROES
+            flags |= flag.NBD_FLAG_SEND_FAST_ZERO
         if self.multi_conn:
             flags |= flag.NBD_FLAG_CAN_MULTI_CONN
         return flags

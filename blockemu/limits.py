@@ -83,6 +83,11 @@ class Limits:
     """Connections accepted in one round of the main loop, so that a flood of them leaves it time
     for everything else."""
 
+    def payload_dropped_max(self, *, extended: bool) -> int:
+        """The longest payload that is dropped with an error. With extended headers the document
+        wants those beyond the largest that was announced to end the connection."""
+        return self.request_length_max if extended else self.discard_length_max
+
     def __post_init__(self) -> None:
         assert self.in_flight_bytes_max >= self.request_length_max > 0
         assert self.in_flight_requests_max > 0

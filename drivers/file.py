@@ -145,7 +145,7 @@ class FileDriver(BlockDriver):
 
     def _refuse_growth_of_device(self, end: int) -> None:
         if self.host_file.is_block_device and end > self._length_bytes:
-            raise io_error(errno.ENOSPC, f"{self.node.filename} ends at {self._length_bytes}")
+            raise io_error(errno.ENOSPC, f"the device ends at {self._length_bytes}")
 
     async def close(self) -> None:
         for direct_map in list(self.node.mapped_by):

@@ -40,7 +40,8 @@ from blockemu.drivers.nbd.protocol import (
     Reply,
 )
 from blockemu.loop.sync import yield_now
-from blockemu.nbd.session import Session
+from blockemu.nbd.reply_style import EXTENDED, SIMPLE, STRUCTURED, ReplyStyle
+from blockemu.nbd.session import Session, transmission_flags
 
 if TYPE_CHECKING:
     from blockemu.exports import Export, ExportTable
@@ -107,6 +108,7 @@ class Negotiation:
         self._limits = limits
         self._no_zeroes = False
         self._fixed = False
+        self._style: ReplyStyle = SIMPLE
         self._session: Session | None = None
         self._handlers: dict[int, Callable[[int, bytes], Awaitable[bool]]] = {
             Option.NBD_OPT_EXPORT_NAME: self._export_name,
@@ -114,6 +116,8 @@ class Negotiation:
             Option.NBD_OPT_LIST: self._list,
             Option.NBD_OPT_INFO: self._info,
             Option.NBD_OPT_GO: self._go,
+            Option.NBD_OPT_STRUCTURED_REPLY: self._structured_reply,
+            Option.NBD_OPT_EXTENDED_HEADERS: self._extended_headers,
         }
 
     async def run(self) -> Session | None:
@@ -177,6 +181,8 @@ class Negotiation:
     # --- one handler an option: True goes on, False ends negotiation ---
 
     async def _export_name(self, option: int, data: bytes) -> bool:
+        if self._style.extended:
+            raise NegotiationError("EXPORT_NAME after extended headers were agreed on")
         try:
             name = parse_name(data, name_length_max=self._limits.name_length_max)
         except InvalidOption as error:
@@ -184,9 +190,10 @@ class Negotiation:
         export = self._exports.get(name)
         if export is None:
             raise NegotiationError(f"no export {name!r}")
-        reply = EXPORT_NAME_REPLY.pack(export.backend.length_bytes, export.transmission_flags)
+        flags = transmission_flags(export, self._style)
+        reply = EXPORT_NAME_REPLY.pack(export.backend.length_bytes, flags)
         await self._stream.send(reply if self._no_zeroes else reply + EXPORT_NAME_ZEROES)
-        self._session = Session(export)
+        self._session = Session(export, self._style)
         return False
 
     async def _abort(self, option: int, data: bytes) -> bool:
@@ -206,6 +213,27 @@ class Negotiation:
         await self._reply(option, Reply.NBD_REP_ACK)
         return True
 
+    async def _structured_reply(self, option: int, data: bytes) -> bool:
+        if data:
+            raise InvalidOption("STRUCTURED_REPLY takes no data")
+        if self._style.extended:
+            text = b"extended headers were agreed on, which take precedence"
+            await self._reply(option, Reply.NBD_REP_ERR_EXT_HEADER_REQD, text)
+            return True
+        return await self._agree_on(option, STRUCTURED)
+
+    async def _extended_headers(self, option: int, data: bytes) -> bool:
+        if data:
+            raise InvalidOption("EXTENDED_HEADERS takes no data")
+        return await self._agree_on(option, EXTENDED)
+
+    async def _agree_on(self, option: int, style: ReplyStyle) -> bool:
+        if self._style is style:
+            raise InvalidOption(f"{style.name} replies were agreed on before")
+        self._style = style
+        await self._reply(option, Reply.NBD_REP_ACK)
+        return True
+
     async def _info(self, option: int, data: bytes) -> bool:
         await self._describe(option, data)
         return True
@@ -214,7 +242,7 @@ class Negotiation:
         export = await self._describe(option, data)
         if export is None:
             return True
-        self._session = Session(export)
+        self._session = Session(export, self._style)
         return False
 
     async def _describe(self, option: int, data: bytes) -> Export | None:
@@ -234,7 +262,7 @@ class Negotiation:
 
     def _info_items(self, export: Export, wanted: frozenset[int]) -> list[bytes]:
         """NBD_INFO_EXPORT is always told, the rest to those who ask."""
-        size, flags = export.backend.length_bytes, export.transmission_flags
+        size, flags = export.backend.length_bytes, transmission_flags(export, self._style)
         items = [INFO_EXPORT.pack(Info.NBD_INFO_EXPORT, size, flags)]
         if Info.NBD_INFO_NAME in wanted:
             items.append(struct.pack(">H", Info.NBD_INFO_NAME) + export.name.encode())

@@ -6,6 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from blockemu.drivers.nbd.protocol import TransmissionFlag
+from blockemu.nbd.reply_style import SIMPLE, ReplyStyle
+
 if TYPE_CHECKING:
     from blockemu.exports import Export
 
@@ -15,3 +18,11 @@ class Session:
     """Made by negotiation in the main context, then read by the connection in its own."""
 
     export: Export
+    style: ReplyStyle = SIMPLE
+    """How requests and replies look."""
+
+
+def transmission_flags(export: Export, style: ReplyStyle) -> TransmissionFlag:
+    """What a client that has agreed on `style` may ask of `export`. Context: main."""
+    flags = export.transmission_flags
+    return flags | TransmissionFlag.NBD_FLAG_SEND_DF if style.structured else flags
