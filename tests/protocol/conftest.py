@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.peers.blockemu import BlockemuDaemon
-from tests.protocol.client import SIMPLE, Client
+from tests.protocol.client import EXTENDED, SIMPLE, STRUCTURED, Client
 
 KIB, MIB = 1 << 10, 1 << 20
 DISK_BYTES = 68 * MIB + 512
@@ -30,7 +30,7 @@ SPARSE_BYTES = 1 * MIB
 SPARSE_STEP = 64 * KIB
 """Every second of these was written (with ones)."""
 
-STYLES = (SIMPLE,)
+STYLES = (SIMPLE, STRUCTURED, EXTENDED)
 
 Connect = Callable[..., Client]
 
