@@ -294,5 +294,7 @@ class Connection(BaseConnection):
                 style.read_head(cookie, offset, request.length), buffer, request.length
             )
             request.buffer = None
+        elif request.command == READ:
+            replies.add(style.nothing_read(cookie, offset))
         else:
             replies.add(style.success(cookie, offset))

@@ -376,6 +376,8 @@ class Client:
     def _join(self, answer: Answer) -> None:
         """The content of a READ's chunks, put together; a hole in it stays zeroes."""
         start, length = self._reads.pop(answer.cookie, (0, 0))
+        if answer.error and not any(chunk.is_content for chunk in answer.chunks):
+            return  # it may have asked for more than there is memory
         data = bytearray(length)
         for chunk in answer.chunks:
             if chunk.is_content:

@@ -11,12 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.protocol import rules_handshake, rules_transmission
+from tests.protocol import rules_chunks, rules_handshake, rules_transmission
 from tests.protocol.rule import Rule
 
 HERE = Path(__file__).parent
 TESTS = HERE.parent
-RULES: tuple[Rule, ...] = (*rules_handshake.RULES, *rules_transmission.RULES)
+RULES: tuple[Rule, ...] = (
+    *rules_handshake.RULES,
+    *rules_transmission.RULES,
+    *rules_chunks.RULES,
+)
 NOT_OF_THE_DOCUMENT = {"test_table"}
 
 
