@@ -8,6 +8,7 @@ the first `CONTENT_BYTES` of "disk" keep their content, what lies behind is anyb
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import tempfile
@@ -76,22 +77,55 @@ def _start(folder: Path, name: str, native: str, *, read_only: bool) -> Protocol
     return server
 
 
-@pytest.fixture(scope="session", params=["1", "0"], ids=["native", "python"])
-def server(request: pytest.FixtureRequest, protocol_dir: Path) -> Iterator[ProtocolServer]:
+class Servers:
+    """Daemons by their kind, started when first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stack = contextlib.ExitStack()
+        self._started: dict[tuple[str, bool], ProtocolServer] = {}
+
+    def get(self, native: str, *, read_only: bool) -> ProtocolServer:
+        """The one that is as asked for."""
+        key = native, read_only
+        if key not in self._started:
+            name = f"{'ro' if read_only else 'rw'}{native}"
+            server = _start(self._folder, name, native, read_only=read_only)
+            self._started[key] = self._stack.enter_context(server)
+        return self._started[key]
+
+    def stop(self) -> None:
+        """All, in good order."""
+        for server in self._started.values():
+            server.assert_well()
+        self._stack.close()
+
+
+@pytest.fixture(scope="session")
+def servers(protocol_dir: Path) -> Iterator[Servers]:
+    """Of the whole run."""
+    started = Servers(protocol_dir)
+    yield started
+    started.stop()
+
+
+@pytest.fixture(params=["1", "0"], ids=["native", "python"])
+def native(request: pytest.FixtureRequest) -> str:
+    """BLOCKEMU_NATIVE of the daemon."""
+    chosen: str = request.param
+    return chosen
+
+
+@pytest.fixture
+def server(servers: Servers, native: str) -> ProtocolServer:
     """Writable exports."""
-    with _start(protocol_dir, f"rw{request.param}", request.param, read_only=False) as server:
-        yield server
-        server.assert_well()
+    return servers.get(native, read_only=False)
 
 
-@pytest.fixture(scope="session", params=["1", "0"], ids=["native", "python"])
-def read_only_server(
-    request: pytest.FixtureRequest, protocol_dir: Path
-) -> Iterator[ProtocolServer]:
+@pytest.fixture
+def read_only_server(servers: Servers, native: str) -> ProtocolServer:
     """The same, for reading only."""
-    with _start(protocol_dir, f"ro{request.param}", request.param, read_only=True) as server:
-        yield server
-        server.assert_well()
+    return servers.get(native, read_only=True)
 
 
 @pytest.fixture

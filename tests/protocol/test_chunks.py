@@ -213,20 +213,17 @@ def test_chunks_have_no_more_data_than_the_maximum_payload(chunked: Client) -> N
 # --- NBD_CMD_READ: holes, DF ---
 
 
-@pytest.mark.parametrize(
-    ("offset", "length"),
-    [
+def test_read_of_data_and_holes_covers_all_of_it(sparse: Client) -> None:
+    for offset, length in (
         (0, SPARSE_BYTES),
         (SPARSE_STEP, SPARSE_STEP),
         (SPARSE_STEP - 512, 1024),
         (SPARSE_STEP - 7, 9),
         (3, 3 * SPARSE_STEP + 1),
-    ],
-)
-def test_read_of_data_and_holes_covers_all_of_it(sparse: Client, offset: int, length: int) -> None:
-    answer = sparse.call(Cmd.READ, offset, length)
-    check_chunks(answer, offset, length)
-    assert answer.data == sparse_content(offset, length)
+    ):
+        answer = sparse.call(Cmd.READ, offset, length)
+        check_chunks(answer, offset, length)
+        assert answer.data == sparse_content(offset, length)
 
 
 def test_read_is_cut_at_multiples_of_512(sparse: Client) -> None:
@@ -237,17 +234,15 @@ def test_read_is_cut_at_multiples_of_512(sparse: Client) -> None:
             assert start % 512 == len(data) % 512 == 0
 
 
-@pytest.mark.parametrize(
-    ("offset", "length"), [(0, 65536), (SPARSE_STEP - 512, 1024), (SPARSE_STEP, 512), (5, 65536)]
-)
-def test_read_with_df_is_in_one_chunk_of_data(sparse: Client, offset: int, length: int) -> None:
-    answer = sparse.call(Cmd.READ, offset, length, flags=CmdFlag.DF)
-    check_chunks(answer, offset, length)
-    content = [chunk for chunk in answer.chunks if chunk.is_content]
-    assert len(content) == 1
-    if len(set(sparse_content(offset, length))) > 1:
-        assert content[0].kind == Chunk.OFFSET_DATA
-    assert answer.data == sparse_content(offset, length)
+def test_read_with_df_is_in_one_chunk_of_data(sparse: Client) -> None:
+    for offset, length in ((0, 65536), (SPARSE_STEP - 512, 1024), (SPARSE_STEP, 512), (5, 65536)):
+        answer = sparse.call(Cmd.READ, offset, length, flags=CmdFlag.DF)
+        check_chunks(answer, offset, length)
+        content = [chunk for chunk in answer.chunks if chunk.is_content]
+        assert len(content) == 1
+        if len(set(sparse_content(offset, length))) > 1:
+            assert content[0].kind == Chunk.OFFSET_DATA
+        assert answer.data == sparse_content(offset, length)
 
 
 def test_read_with_df_too_long_for_one_chunk_has_no_content(sparse: Client) -> None:

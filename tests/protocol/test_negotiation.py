@@ -68,9 +68,9 @@ def test_newstyle_greeting_is_not_oldstyle(server: ProtocolServer) -> None:
         assert client.receive(16) == NBDMAGIC + IHAVEOPT
 
 
-@pytest.mark.parametrize("bit", range(2, 32))
-def test_newstyle_unknown_client_flag_closes(connect: Connect, bit: int) -> None:
-    assert connect(FIXED_NEWSTYLE | NO_ZEROES | 1 << bit).closed()
+def test_newstyle_unknown_client_flag_closes(connect: Connect) -> None:
+    for bit in range(2, 32):
+        assert connect(FIXED_NEWSTYLE | NO_ZEROES | 1 << bit).closed()
 
 
 @pytest.mark.parametrize("name", ["nobody", "disk\0", "Disk", "x" * 5000])
