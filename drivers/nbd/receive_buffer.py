@@ -10,14 +10,15 @@ nobody wants (`discard`) is dropped as it arrives.
 
 from __future__ import annotations
 
+import mmap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from blockemu.loop.stream_socket import StreamSocket
 
 CAPACITY_BYTES = 512 * 1024
-"""Holds a batch of 128 writes of 4 KiB, or one of 32 with room to spare. The memory is zero pages
-until a peer makes it use them."""
+"""Holds a batch of 128 writes of 4 KiB, or one of 32 with room to spare. Nothing of the memory is
+there until a peer makes it use a page: it is mapped, and not a bytearray, which would be zeroed."""
 
 WAIT_BYTES_MAX = 64 * 1024
 """Payloads up to this size wait here until they are whole; they always fit after `_make_room`."""
@@ -32,7 +33,7 @@ class ReceiveBuffer:
     __slots__ = ("_expected", "data", "discard_left", "end", "start", "view")
 
     def __init__(self) -> None:
-        self.data = bytearray(CAPACITY_BYTES)
+        self.data: mmap.mmap | bytes = mmap.mmap(-1, CAPACITY_BYTES)
         self.view = memoryview(self.data)
         self.start = 0
         self.end = 0
@@ -75,7 +76,7 @@ class ReceiveBuffer:
         it until then; whatever refers to the connection in circles would keep it for minutes."""
         self.forget()
         self.view = memoryview(b"")
-        self.data = bytearray()
+        self.data = b""
         self.start = self.end = 0
 
     def fill(self, sock: StreamSocket) -> int:
