@@ -25,10 +25,12 @@ FLUSH: Final = int(Command.NBD_CMD_FLUSH)
 TRIM: Final = int(Command.NBD_CMD_TRIM)
 CACHE: Final = int(Command.NBD_CMD_CACHE)
 WRITE_ZEROES: Final = int(Command.NBD_CMD_WRITE_ZEROES)
+BLOCK_STATUS: Final = int(Command.NBD_CMD_BLOCK_STATUS)
 
 FUA: Final = int(CommandFlag.NBD_CMD_FLAG_FUA)
 NO_HOLE: Final = int(CommandFlag.NBD_CMD_FLAG_NO_HOLE)
 DF: Final = int(CommandFlag.NBD_CMD_FLAG_DF)
+REQ_ONE: Final = int(CommandFlag.NBD_CMD_FLAG_REQ_ONE)
 FAST_ZERO: Final = int(CommandFlag.NBD_CMD_FLAG_FAST_ZERO)
 PAYLOAD_LEN: Final = int(CommandFlag.NBD_CMD_FLAG_PAYLOAD_LEN)
 
@@ -41,6 +43,7 @@ _FLAGS_ALLOWED: Final = {
     TRIM: FUA,
     CACHE: FUA,
     WRITE_ZEROES: FUA | NO_HOLE | FAST_ZERO,
+    BLOCK_STATUS: FUA | REQ_ONE,
 }
 _WRITING: Final = frozenset((WRITE, TRIM, WRITE_ZEROES))
 
@@ -54,6 +57,14 @@ def name_of(command: int) -> str:
         return Command(command).name.removeprefix("NBD_CMD_")
     except ValueError:
         return f"command {command}"
+
+
+def data_bytes(command: int, length: int, limits: Limits) -> int:
+    """Memory that a request may take while it is in flight: its data, or the extents of its
+    answer."""
+    if command in WITH_DATA:
+        return length
+    return limits.status_reply_bytes_max if command == BLOCK_STATUS else 0
 
 
 def payload_bytes(session: Session, command: int, flags: int, length: int) -> int:
@@ -80,6 +91,8 @@ def check(
         allowed |= PAYLOAD_LEN
         if not flags & PAYLOAD_LEN:
             return Failure(NbdError.NBD_EINVAL, "WRITE without NBD_CMD_FLAG_PAYLOAD_LEN")
+    if command == BLOCK_STATUS and style.extended and session.contexts:
+        allowed |= PAYLOAD_LEN
     if flags & ~allowed:
         text = f"flags {flags & ~allowed:#x} don't go with {name_of(command)}"
         return Failure(NbdError.NBD_EINVAL, text)
@@ -87,6 +100,11 @@ def check(
         if offset or length:
             return Failure(NbdError.NBD_EINVAL, "FLUSH has neither offset nor length")
         return None
+    if command == BLOCK_STATUS:
+        if (failure := _check_status(session, flags, length)) is not None:
+            return failure
+        if flags & PAYLOAD_LEN:
+            return None  # the range is in the payload
     if command in _WRITING and export.read_only:
         return Failure(NbdError.NBD_EPERM, f"export '{export.name}' is read-only")
     if command in WITH_DATA and length > limits.request_length_max:
@@ -100,4 +118,18 @@ def check(
         error = NbdError.NBD_ENOSPC if command in (WRITE, WRITE_ZEROES) else NbdError.NBD_EINVAL
         text = f"{name_of(command)} of {length} bytes at {offset} goes past the end, {size}"
         return Failure(error, text, max(offset, size) if length else None)
+    return None
+
+
+def _check_status(session: Session, flags: int, length: int) -> Failure | None:
+    """What is special about BLOCK_STATUS: what must have been agreed on, and its payload."""
+    contexts = session.contexts
+    if not contexts:
+        text = "BLOCK_STATUS, but no meta context was chosen for this export"
+        return Failure(NbdError.NBD_EINVAL, text)
+    if not length:
+        return Failure(NbdError.NBD_EINVAL, "BLOCK_STATUS of no bytes")
+    if flags & PAYLOAD_LEN and length > 8 + 4 * len(contexts):
+        text = f"a payload of {length} bytes names more contexts than the {len(contexts)} chosen"
+        return Failure(NbdError.NBD_EINVAL, text)
     return None

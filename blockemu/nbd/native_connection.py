@@ -217,7 +217,7 @@ class NativeConnection(BaseConnection):
         request.started_ns = self.ctx.now_ns()
         request.native = native
         address = fault.address
-        assert address or not request.bytes_held, "no memory for its data"
+        assert address or not length or command not in WITH_DATA, "no memory for its data"
         if address:
             memory = BorrowedMemory(address, length)
             if command in WITH_DATA:

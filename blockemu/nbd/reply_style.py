@@ -19,9 +19,9 @@ Every method takes the cookie and the offset of the request, because an extended
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+import sys
+from array import array
 from dataclasses import dataclass
-from itertools import chain
 from typing import Final
 
 from blockemu.drivers.nbd.protocol import (
@@ -43,9 +43,6 @@ from blockemu.drivers.nbd.protocol import (
     request_word,
 )
 
-EXTENT_BYTES_MAX: Final = 2**32 - 65536
-"""The longest extent that 32 bits are used for: a multiple of every block size that is allowed."""
-
 _NONE: Final = ChunkType.NBD_REPLY_TYPE_NONE
 _DATA: Final = ChunkType.NBD_REPLY_TYPE_OFFSET_DATA
 _HOLE: Final = ChunkType.NBD_REPLY_TYPE_OFFSET_HOLE
@@ -55,6 +52,8 @@ _STATUS: Final = ChunkType.NBD_REPLY_TYPE_BLOCK_STATUS
 _STATUS_EXT: Final = ChunkType.NBD_REPLY_TYPE_BLOCK_STATUS_EXT
 
 _HOLE_PAYLOAD: Final = struct.Struct(">QI")
+_CONTEXT: Final = struct.Struct(">I")
+_CONTEXT_EXTENDED: Final = struct.Struct(">II")
 _ERROR_PAYLOAD: Final = struct.Struct(">IH")
 _OFFSET: Final = struct.Struct(">Q")
 
@@ -165,19 +164,13 @@ class StructuredStyle(ReplyStyle):
         offset: int,
         *,
         context: int,
-        extents: Sequence[tuple[int, int]],
+        lengths: list[int],
+        states: list[int],
         done: bool = False,
     ) -> bytes:
-        """What meta context `context` says of the bytes from `offset` on: (length, state) for each
-        extent, lengths positive. Where an extent's length takes more bits than the style has, the
-        chunk says less than it was handed, which the document allows."""
-        assert extents
-        for index, (length, state) in enumerate(extents):
-            if length > EXTENT_BYTES_MAX:
-                extents = [*extents[:index], (EXTENT_BYTES_MAX, state)]
-                break
-        numbers = chain.from_iterable(extents)
-        payload = struct.pack(f">I{2 * len(extents)}I", context, *numbers)
+        """What meta context `context` says of the bytes from `offset` on: how long each extent is,
+        and in which state. No length takes more bits than that of a request has."""
+        payload = _CONTEXT.pack(context) + _interleaved("I", lengths, states)
         return self._chunk(_STATUS, cookie, offset, payload, done=done)
 
     def _chunk(
@@ -216,12 +209,12 @@ class ExtendedStyle(StructuredStyle):
         offset: int,
         *,
         context: int,
-        extents: Sequence[tuple[int, int]],
+        lengths: list[int],
+        states: list[int],
         done: bool = False,
     ) -> bytes:
-        assert extents
-        numbers = chain.from_iterable(extents)
-        payload = struct.pack(f">II{2 * len(extents)}Q", context, len(extents), *numbers)
+        head = _CONTEXT_EXTENDED.pack(context, len(lengths))
+        payload = head + _interleaved("Q", lengths, states)
         return self._chunk(_STATUS_EXT, cookie, offset, payload, done=done)
 
     def _head(
@@ -234,6 +227,17 @@ class ExtendedStyle(StructuredStyle):
 _STRUCTURED_DATA_DONE: Final = _chunk_word(NBD_STRUCTURED_REPLY_MAGIC, _DATA, done=True)
 _EXTENDED_DATA_DONE: Final = _chunk_word(NBD_EXTENDED_REPLY_MAGIC, _DATA, done=True)
 _EXTENDED_NONE_DONE: Final = _chunk_word(NBD_EXTENDED_REPLY_MAGIC, _NONE, done=True)
+
+
+def _interleaved(typecode: str, lengths: list[int], states: list[int]) -> bytes:
+    """A length and a state for each extent, big-endian. There may be a hundred thousand of them."""
+    assert len(lengths) == len(states) > 0
+    numbers = array(typecode, [0]) * (2 * len(lengths))
+    numbers[::2] = array(typecode, lengths)
+    numbers[1::2] = array(typecode, states)
+    if sys.byteorder == "little":
+        numbers.byteswap()
+    return numbers.tobytes()
 
 
 def _clipped(text: str) -> bytes:

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 from blockemu.drivers.driver import RequestFlags
 from blockemu.drivers.nbd.protocol import NbdError, error_of_errno
 from blockemu.loop.coroutine import Cancelled
+from blockemu.nbd import block_status
 from blockemu.nbd.commands import (
+    BLOCK_STATUS,
     CACHE,
     FAST_ZERO,
     FLUSH,
@@ -25,9 +27,9 @@ from blockemu.nbd.commands import (
     NO_HOLE,
     READ,
     TRIM,
-    WITH_DATA,
     WRITE,
     WRITE_ZEROES,
+    data_bytes,
 )
 from blockemu.nbd.reply_style import Failure
 
@@ -90,7 +92,7 @@ class Request:
     @property
     def bytes_held(self) -> int:
         """Memory that this request's data takes while it is in flight."""
-        return self.length if self.command in WITH_DATA else 0
+        return data_bytes(self.command, self.length, self.connection.limits)
 
     def describe(
         self, command: int, flags: int, cookie: bytes, *, offset: int, length: int
@@ -155,6 +157,8 @@ class Request:
             await backend.pwrite_zeroes(offset, length, flags)
         elif command == CACHE:
             await self._prefetch()
+        elif command == BLOCK_STATUS:
+            self.answer = await block_status.answer(self)
         else:
             assert command == TRIM, command
             await backend.pdiscard(offset, length)

@@ -11,6 +11,7 @@ from blockemu.nbd.reply_style import SIMPLE, ReplyStyle
 
 if TYPE_CHECKING:
     from blockemu.exports import Export
+    from blockemu.nbd.meta_context import MetaContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +21,20 @@ class Session:
     export: Export
     style: ReplyStyle = SIMPLE
     """How requests and replies look."""
+    contexts: tuple[MetaContext, ...] = ()
+    """What BLOCK_STATUS tells about, unless a request chooses some of them."""
 
 
-def transmission_flags(export: Export, style: ReplyStyle) -> TransmissionFlag:
-    """What a client that has agreed on `style` may ask of `export`. Context: main."""
+def transmission_flags(
+    export: Export, style: ReplyStyle, contexts: tuple[MetaContext, ...]
+) -> TransmissionFlag:
+    """What a client that has agreed on `style`, and chosen `contexts`, may ask of `export`.
+
+    Context: main.
+    """
     flags = export.transmission_flags
-    return flags | TransmissionFlag.NBD_FLAG_SEND_DF if style.structured else flags
+    if style.structured:
+        flags |= TransmissionFlag.NBD_FLAG_SEND_DF
+    if style.extended and contexts:
+        flags |= TransmissionFlag.NBD_FLAG_BLOCK_STATUS_PAYLOAD
+    return flags

@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from blockemu.nbd.commands import READ, WITH_DATA
+from blockemu.nbd.commands import READ, data_bytes
 from blockemu.nbd.connection import BaseConnection, State
 from blockemu.nbd.intake import Intake
 from blockemu.nbd.reply_queue import EARLY_REPLY_BYTES, EARLY_REPLY_PARTS, ReplyQueue
@@ -211,9 +211,8 @@ class Connection(BaseConnection):
         if self._in_flight >= self.limits.in_flight_requests_max:
             return True
         held = self._in_flight_bytes + self.replies.bytes_held
-        if not held or command not in WITH_DATA:
-            return False
-        return held + length > self.limits.in_flight_bytes_max
+        wanted = data_bytes(command, length, self.limits)
+        return bool(held and wanted) and held + wanted > self.limits.in_flight_bytes_max
 
     def admit(self, request: Request) -> None:
         """`request` is in flight from now on, until `finish_request` or `forget_request`."""
@@ -266,8 +265,7 @@ class Connection(BaseConnection):
             return
         command, length = request.command, request.length
         self._in_flight -= 1
-        if command in WITH_DATA:
-            self._in_flight_bytes -= length
+        self._in_flight_bytes -= request.bytes_held
         error = failure.error if failure is not None else 0
         self.count(command, length, error, self.ctx.now_ns() - request.started_ns)
         self._queue_reply(request, failure)
