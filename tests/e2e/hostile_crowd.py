@@ -2,8 +2,9 @@
 """Many hostile clients in one process of low priority: `python -m tests.e2e.hostile_crowd`.
 
 Arguments: the socket's path, an export, how many, and which sorts (all of them). It prints "ready"
-when all have begun, and goes on until its stdin ends. They share the processor with the server here, which real ones wouldn't; so
-they are nice, and what is seen of them is what they cost the server.
+when all have begun, and goes on until its stdin ends. They share the processor with the server
+here, which real ones wouldn't; so they are nice, and what is seen of them is what they cost the
+server.
 
 What they do, in equal parts: never read their replies; stall in the middle of a payload; drip a
 request byte by byte; stall in the middle of negotiation; flood with requests, and read the replies;

@@ -372,10 +372,4 @@ RULES = (
         "test_transmission::test_flags_that_a_command_doesnt_know_are_invalid",
         "test_transmission::test_flags_that_werent_negotiated_are_invalid",
     ),
-    rule(
-        "Metadata querying",
-        SHOULD,
-        "BLOCK_STATUS without a context gets NBD_EINVAL",
-        "test_transmission::test_block_status_without_a_context_is_invalid",
-    ),
 )

@@ -9,7 +9,12 @@ import functools
 from collections import Counter
 from pathlib import Path
 
-from tests.protocol import rules_chunks, rules_handshake, rules_transmission
+from tests.protocol import (
+    rules_chunks,
+    rules_handshake,
+    rules_metadata,
+    rules_transmission,
+)
 from tests.protocol.rule import Rule
 
 HERE = Path(__file__).parent
@@ -18,6 +23,7 @@ RULES: tuple[Rule, ...] = (
     *rules_handshake.RULES,
     *rules_transmission.RULES,
     *rules_chunks.RULES,
+    *rules_metadata.RULES,
 )
 NOT_OF_THE_DOCUMENT = {"test_table"}
 
