@@ -98,10 +98,12 @@ async def negotiate(stream: NegotiationStream, export: str) -> ExportFacts:
 
     Suspends: for the server. Raises: NegotiationError; RefusedError, where the server said no.
     """
-    return await _Negotiation(stream, export.encode(errors="surrogateescape")).run()
+    return await Negotiation(stream, export.encode(errors="surrogateescape")).run()
 
 
-class _Negotiation:
+class Negotiation:
+    """One negotiation; inspection.py derives from it to ask for more."""
+
     def __init__(self, stream: NegotiationStream, export: bytes) -> None:
         self._stream = stream
         self._export = export
@@ -202,7 +204,7 @@ class _Negotiation:
             if kind == Reply.NBD_REP_ERR_UNSUP:
                 return None
             if kind & _ERROR_BIT:
-                raise RefusedError(_refusal(kind, data))
+                raise RefusedError(refusal(kind, data))
             if kind != Reply.NBD_REP_INFO or len(data) < 2:
                 raise NegotiationError(f"server answers GO with reply type {kind:#x}")
             info = int.from_bytes(data[:2], "big")
@@ -277,10 +279,11 @@ def _fields(layout: struct.Struct, data: bytes) -> tuple[int, ...]:
 def _refuse_if_final(kind: int, data: bytes) -> None:
     """Raises: RefusedError, where asking for anything else is in vain."""
     if kind in (Reply.NBD_REP_ERR_TLS_REQD, Reply.NBD_REP_ERR_SHUTDOWN):
-        raise RefusedError(_refusal(kind, data))
+        raise RefusedError(refusal(kind, data))
 
 
-def _refusal(kind: int, data: bytes) -> str:
+def refusal(kind: int, data: bytes) -> str:
+    """What an error reply means, with what the server says of it."""
     try:
         said = _REFUSALS.get(Reply(kind), "")
     except ValueError:
