@@ -29,6 +29,7 @@ from benchmarks.nbd_clients import (
 )
 from benchmarks.nbd_sample import Sample, ratios, spread_of
 from benchmarks.nbd_styles import PATTERNS, STYLES, measure_styles
+from benchmarks.nbd_tls import TLS, measure_tls
 from benchmarks.section import Section
 from benchmarks.summary import Spread
 from benchmarks.targets import Verdict
@@ -44,7 +45,7 @@ TLS_RATIO_MIN = 0.9
 P99_RATIO_MAX = 10
 """A bound for this machine, whose two cores the hostile clients share with the server."""
 
-VERDICTS = 2 * (len(STYLES) - 1) * len(PATTERNS) + 1 + 2 + len(DEPTHS)
+VERDICTS = 2 * (len(STYLES) - 1) * len(PATTERNS) + 2 + 2 + len(DEPTHS)
 
 HEADER = ("measure", "of", "median", "range", "ratio")
 
@@ -84,7 +85,7 @@ def measure_map(folder: Path, *, rounds: int) -> Iterator[Sample]:
 def run_nbd(folder: Path, *, rounds: int, runtime_s: float, complain: Complain) -> list[Sample]:
     """All measurements whose programs are here."""
     samples: list[Sample] = []
-    have_nbdinfo = shutil.which("nbdinfo") and shutil.which("qemu-nbd")
+    have_nbdinfo = all(shutil.which(name) for name in ("nbdinfo", "nbdcopy", "qemu-nbd"))
     parts: list[tuple[str, Callable[[], Iterator[Sample]]]] = [
         ("styles", lambda: measure_styles(folder, rounds=rounds, runtime_s=runtime_s)),
         ("clients", lambda: measure_clients(folder, rounds=rounds, complain=complain)),
@@ -92,8 +93,9 @@ def run_nbd(folder: Path, *, rounds: int, runtime_s: float, complain: Complain) 
     ]
     if have_nbdinfo:
         parts.append(("map", lambda: measure_map(folder, rounds=rounds)))
+        parts.append(("TLS", lambda: measure_tls(folder, rounds=rounds)))
     else:
-        complain("nbd: no map: nbdinfo or qemu-nbd isn't installed")
+        complain("nbd: no map and no TLS: nbdinfo, nbdcopy or qemu-nbd isn't installed")
     for name, measure in parts:
         try:
             samples += measure()
@@ -119,6 +121,7 @@ def judge_nbd(samples: Sequence[Sample]) -> list[Verdict]:
             found = ratios(samples, f"{load} CPU", style, STYLES[0])
             ratio(f"{load} CPU {style} / simple", found, STYLE_COST_MAX)
     ratio(f"{MAP} / qemu-nbd", ratios(samples, MAP, OURS, QEMU_NBD), MAP_RATIO_MAX)
+    ratio(f"{TLS} / qemu-nbd", ratios(samples, TLS, OURS, QEMU_NBD), TLS_RATIO_MIN, at_least=True)
     for depth in DEPTHS:
         name = f"p99 d{depth}"
         ratio(f"{name} {BESIDE} / {ALONE}", ratios(samples, name, BESIDE, ALONE), P99_RATIO_MAX)

@@ -9,6 +9,7 @@ a message that can't be one (a wrong magic, a chunk that doesn't fit its own len
 from __future__ import annotations
 
 import socket
+import ssl
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -268,6 +269,13 @@ class Client:
         elif style == EXTENDED:
             assert self.outcome(Opt.EXTENDED_HEADERS) == Rep.ACK
         self.style = style
+
+    def start_tls(self, context: ssl.SSLContext) -> None:
+        """STARTTLS that must be acknowledged, and the handshake. Raises: ssl.SSLError, OSError."""
+        assert self.ask(Opt.STARTTLS) == [(Opt.STARTTLS, Rep.ACK, b"")]
+        self.sock = context.wrap_socket(
+            self.sock, server_hostname="localhost", suppress_ragged_eofs=False
+        )
 
     def set_contexts(self, name: str, *queries: str) -> dict[int, str]:
         """SET_META_CONTEXT that must work: the contexts by their ids."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.peers.blockemu import BlockemuDaemon
+from tests.peers.certificates import make_pki
 from tests.protocol.client import EXTENDED, SIMPLE, STRUCTURED, Client
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -53,7 +54,9 @@ def protocol_dir() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def _start(folder: Path, name: str, native: str, *, read_only: bool) -> ProtocolServer:
+def _start(
+    folder: Path, name: str, native: str, *, read_only: bool, tls: str | None
+) -> ProtocolServer:
     disk = folder / f"{name}.raw"
     with disk.open("wb") as file:
         file.write(CONTENT)
@@ -65,6 +68,9 @@ def _start(folder: Path, name: str, native: str, *, read_only: bool) -> Protocol
             file.write(b"\1" * SPARSE_STEP)
         file.truncate(SPARSE_BYTES)
     extra = ["--name", "disk", "--name", "sparse", "--iothread", "both"]
+    if tls is not None:
+        credentials = f"tls-creds-x509,id=tls0,dir={folder / 'pki'},endpoint=server"
+        extra += ["--object", credentials, "--tls-creds", "tls0", "--tls", tls]
     server = ProtocolServer(
         disk,
         sparse,
@@ -83,14 +89,16 @@ class Servers:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._stack = contextlib.ExitStack()
-        self._started: dict[tuple[str, bool], ProtocolServer] = {}
+        self._started: dict[str, ProtocolServer] = {}
+        self.pki = make_pki(folder)
 
-    def get(self, native: str, *, read_only: bool) -> ProtocolServer:
+    def get(
+        self, native: str, *, read_only: bool = False, tls: str | None = None
+    ) -> ProtocolServer:
         """The one that is as asked for."""
-        key = native, read_only
+        key = name = f"{'ro' if read_only else 'rw'}{native}{tls or ''}"
         if key not in self._started:
-            name = f"{'ro' if read_only else 'rw'}{native}"
-            server = _start(self._folder, name, native, read_only=read_only)
+            server = _start(self._folder, name, native, read_only=read_only, tls=tls)
             self._started[key] = self._stack.enter_context(server)
         return self._started[key]
 
@@ -119,7 +127,7 @@ def native(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def server(servers: Servers, native: str) -> ProtocolServer:
     """Writable exports."""
-    return servers.get(native, read_only=False)
+    return servers.get(native)
 
 
 @pytest.fixture
