@@ -275,7 +275,7 @@ static enum nbd_stop_reason nbd_begin(struct nbd_connection *connection, struct 
 static enum nbd_stop_reason nbd_parse(struct nbd_connection *connection)
 {
     struct nbd_budget budget = {connection->limits.round_requests_max,
-                                connection->limits.round_bytes_max};
+                                connection->limits.round_bytes_max, 0};
     uint32_t header_bytes = nbd_header_bytes(connection->style);
 
     if (poll_is_late(connection->poll)) {
