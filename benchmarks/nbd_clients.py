@@ -33,6 +33,8 @@ CONNECTIONS = 1000
 FIRST_READS = 200
 HOSTILE = 500
 P99_REQUESTS = 5000
+WARM_UP = 10_000
+"""Reads until the first onslaught is over."""
 DEPTHS = (1, 8)
 ALONE, BESIDE = "alone", f"beside {HOSTILE}"
 BURNER = "import os; os.nice(19); print('ready', flush=True)\nwhile True: pass"
@@ -123,7 +125,7 @@ def measure_hostile(folder: Path, *, rounds: int) -> Iterator[Sample]:
         for turn in range(rounds):
             for how, words in ((ALONE, ("-c", BURNER)), (BESIDE, crowd)):
                 with beside(*words):
-                    read_latencies_s(path, "good", depth=1, requests=50)
+                    read_latencies_s(path, "good", depth=8, requests=WARM_UP)
                     for depth in DEPTHS:
                         found = read_latencies_s(path, "good", depth=depth, requests=P99_REQUESTS)
                         p99_us = quantile(found, 0.99) * 1e6
