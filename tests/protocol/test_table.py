@@ -13,6 +13,7 @@ from tests.protocol import (
     rules_chunks,
     rules_handshake,
     rules_metadata,
+    rules_tls,
     rules_transmission,
 )
 from tests.protocol.rule import Rule
@@ -24,6 +25,7 @@ RULES: tuple[Rule, ...] = (
     *rules_transmission.RULES,
     *rules_chunks.RULES,
     *rules_metadata.RULES,
+    *rules_tls.RULES,
 )
 NOT_OF_THE_DOCUMENT = {"test_table"}
 
