@@ -9,6 +9,7 @@
 # make crash          power cuts, kill -9 and shared clusters, on and on (ROUNDS=, SEED=)
 # make sanitize       the C parts under sanitizers: fuzzed, and under load (ROUNDS=, SEED=)
 # make fuzz-native    libFuzzer on the native NBD connection (SECONDS=; ARGS= go to libFuzzer)
+# make fuzz           anything, said to a daemon, for SECONDS= (SEED=); fuzz-asan to a sanitized one
 # make bench          against qemu-storage-daemon and nbdkit (ARGS=)
 # make image          a container image; make image-test also runs the daemon from it
 # make clean          remove what the others made
@@ -17,7 +18,7 @@
 
 .SUFFIXES:
 .PHONY: help serve bootstrap test check lint format types bench image image-test clean
-.PHONY: fuzz-differential stress crash sanitize fuzz-native
+.PHONY: fuzz-differential stress crash sanitize fuzz-native fuzz fuzz-asan
 
 export PYTHON
 VENV = .venv/bin
@@ -58,6 +59,18 @@ fuzz-differential: ROUNDS = 50
 fuzz-differential: bootstrap
 	BLOCKEMU_ROUNDS=$(ROUNDS) $(if $(SEED),BLOCKEMU_SEED=$(SEED)) \
 		$(VENV)/python -m pytest -q tests/e2e/test_differential.py $(ARGS)
+
+# Negotiation and requests with something wrong, half of the time for each of native and Python. Each
+# round prints its seed; SEED= begins with it.
+fuzz fuzz-asan: SECONDS = 60
+fuzz: bootstrap
+	BLOCKEMU_SECONDS=$$(($(SECONDS) / 2)) $(if $(SEED),BLOCKEMU_SEED=$(SEED)) \
+		$(VENV)/python -m pytest -q -s tests/e2e/test_fuzz_server.py $(ARGS)
+
+fuzz-asan: bootstrap
+	BLOCKEMU_SANITIZED=build/sanitized BLOCKEMU_SECONDS=$(SECONDS) \
+		$(if $(SEED),BLOCKEMU_SEED=$(SEED)) \
+		$(VENV)/python -m pytest -q -s tests/e2e/test_fuzz_server.py -k native $(ARGS)
 
 # A round is 120 changes of the graph for each way of host I/O, with and without the C data path.
 stress: ROUNDS = 20

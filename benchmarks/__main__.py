@@ -3,8 +3,8 @@
 
 Runs what is installed, says what is missing, prints as it goes, and ends with the targets.
 ``--check`` makes a missed target an exit status of 1. The parts: the servers side by side, an
-export's isolation from a busy main thread, two IOThreads at once, writes that allocate, and the
-img commands beside qemu-img.
+export's isolation from a busy main thread, two IOThreads at once, writes that allocate, the img
+commands beside qemu-img, and what the NBD protocol has beyond reads and writes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import allocation, img_tools, l2_cache
+from benchmarks import allocation, img_tools, l2_cache, nbd
 from benchmarks.contestants import CONTESTANTS, EXTRA_CONTESTANTS, OURS, Contestant, Stand
 from benchmarks.images import copy_image, make_master, takes_direct_io
 from benchmarks.iothreads import iothreads_section, run_iothreads
@@ -35,6 +35,7 @@ from benchmarks.options import (
     IOTHREADS,
     ISOLATION,
     L2_CACHE,
+    NBD,
     SERVERS,
     choose_contestants,
     choose_parts,
@@ -177,6 +178,17 @@ class Run:
             samples = img_tools.run_img(Path(name), rounds=self.options.rounds, complain=say)
         self._add(img_tools.img_section(samples))
 
+    def run_nbd(self) -> None:
+        """Styles of replies, block status, idle and hostile clients, connecting, and TLS."""
+        with tempfile.TemporaryDirectory(prefix="bench-", dir=self.options.cache_dir) as name:
+            samples = nbd.run_nbd(
+                Path(name),
+                rounds=self.options.rounds,
+                runtime_s=self.options.runtime,
+                complain=say,
+            )
+        self._add(nbd.nbd_section(samples))
+
     def _add(self, section: Section) -> None:
         self.sections.append(section)
         say(text_section(section) + "\n")
@@ -293,6 +305,7 @@ def main() -> int:
         ALLOCATION: run.run_allocation,
         L2_CACHE: run.run_l2_cache,
         IMG: run.run_img,
+        NBD: run.run_nbd,
     }
     for part in choose_parts(options):
         parts[part]()

@@ -90,6 +90,7 @@ def lean_command(uri: str, workload: Workload, runtime_s: float) -> list[str]:
         str(workload.block_bytes),
         str(workload.depth),
         str(round(runtime_s * 1000)),
+        workload.style,
     ]
 
 

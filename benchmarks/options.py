@@ -16,8 +16,8 @@ ROUNDS, RUNTIME_S = 5, 2.0
 QUICK_ROUNDS, QUICK_RUNTIME_S = 3, 1.0
 
 SERVERS, ISOLATION, IOTHREADS = "servers", "isolation", "iothreads"
-ALLOCATION, L2_CACHE, IMG = "allocation", "l2-cache", "img"
-PARTS = (SERVERS, ISOLATION, IOTHREADS, ALLOCATION, L2_CACHE, IMG)
+ALLOCATION, L2_CACHE, IMG, NBD = "allocation", "l2-cache", "img", "nbd"
+PARTS = (SERVERS, ISOLATION, IOTHREADS, ALLOCATION, L2_CACHE, IMG, NBD)
 
 
 def parse_arguments(

@@ -15,13 +15,15 @@ MIB = 1024 * KIB
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One shape of load, and who makes it: fio, or where `lean` native/lean_client.c."""
+    """One shape of load, and who makes it: fio, or where `lean` native/lean_client.c, which alone
+    can choose the style of replies."""
 
     name: str
     pattern: str
     block_bytes: int
     depth: int
     lean: bool = False
+    style: str = "simple"
 
     @property
     def writes(self) -> bool:

@@ -69,6 +69,9 @@ STEPS_MAX = 4096
 SETTLE_PASSES_MAX = 4
 """How often a round goes through woken coroutines and deferred callbacks."""
 
+TURNS_NS = 1_000_000
+"""Of a round, after which `is_late` asks for short turns. The native poll's POLL_SLOT_NS."""
+
 _EPOLLIN = 1
 _log = logging.getLogger(__name__)
 _get_ident = threading.get_ident
@@ -111,6 +114,8 @@ class AioContext(Source):
         self._wait = self._poller.wait
         self._home: int | None = None
         self._round = 0
+        self._turns_round = -1
+        self._turns_began_ns = 0
         self._fds = FdHandlers(self._poller)
         self._bh_queue: deque[BH | OneshotBH] = deque()
         self._bh_popped = 0
@@ -242,6 +247,14 @@ class AioContext(Source):
     def now_ns(self, clock: ClockType = ClockType.REALTIME) -> int:
         """What `clock` says. Context: any thread."""
         return (self._host_clock if clock is ClockType.HOST else self._clock).now_ns()
+
+    def is_late(self, now_ns: int) -> bool:
+        """Whether others have had so much time in this round that who comes now should take a short
+        turn, and leave the rest to the next round. To be asked at the beginning of each turn."""
+        if self._turns_round != self._round:
+            self._turns_round, self._turns_began_ns = self._round, now_ns
+            return False
+        return now_ns - self._turns_began_ns > TURNS_NS
 
     def clock_reader(self) -> Callable[[], int]:
         """What `now_ns()` calls: for a hot path, which saves a frame. Context: any thread."""

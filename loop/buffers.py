@@ -62,6 +62,12 @@ class Buffer:
         assert self.address % CLASS_BYTES_MIN == 0
 
 
+def untouched_memory(length: int) -> memoryview:
+    """`length` bytes of zeroes, none of which takes memory until it is used. A bytearray would fill
+    itself with zeroes, page by page. Any thread may call this."""
+    return memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
 def _map(capacity: int) -> memoryview:
     """Fresh memory, in huge pages if it is as large as one."""
     if capacity < HUGE_BYTES:

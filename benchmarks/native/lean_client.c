@@ -7,10 +7,12 @@
  * This sends all requests that are due with one sendmsg, and takes all replies that are there with one
  * recv. Like fio it sleeps when there is nothing to do, and knows each request's latency.
  *
- * It checks each reply: magic, error, and that its cookie is in flight. Data isn't looked at.
+ * It checks each reply: magic, error, and that its cookie is in flight. Data isn't looked at. Replies
+ * are simple ones, or if STYLE says so structured ones (20 bytes of header) or extended ones (32, and
+ * requests of 32 bytes).
  *
- * Usage: lean_client SOCKET EXPORT read|write BLOCK_BYTES DEPTH MILLISECONDS. Random offsets. Prints
- * JSON in the shape of fio's. */
+ * Usage: lean_client SOCKET EXPORT read|write BLOCK_BYTES DEPTH MILLISECONDS [STYLE]. STYLE is simple,
+ * structured or extended. Random offsets. Prints JSON in the shape of fio's. */
 
 #include <endian.h>
 #include <errno.h>
@@ -29,12 +31,20 @@
 #define OPTION_MAGIC 0x49484156454F5054ULL /* "IHAVEOPT" */
 #define REQUEST_MAGIC 0x25609513U
 #define REPLY_MAGIC 0x67446698U
+#define STRUCTURED_REPLY_MAGIC 0x668E33EFU
+#define EXTENDED_REQUEST_MAGIC 0x21E41C71U
+#define EXTENDED_REPLY_MAGIC 0x6E8A278CU
 
-enum { OPT_GO = 7, REP_ACK = 1, REP_INFO = 3, INFO_EXPORT = 0 };
-enum { CMD_READ = 0, CMD_WRITE = 1, CMD_DISC = 2 };
+enum { OPT_GO = 7, OPT_STRUCTURED_REPLY = 8, OPT_EXTENDED_HEADERS = 11 };
+enum { REP_ACK = 1, REP_INFO = 3, INFO_EXPORT = 0 };
+enum { CMD_READ = 0, CMD_WRITE = 1, CMD_DISC = 2, FLAG_PAYLOAD_LEN = 1 << 5 };
+enum { CHUNK_DONE = 1, CHUNK_ERRORS = 1 << 15 };
+enum { SIMPLE, STRUCTURED, EXTENDED };
 enum {
     REQUEST_BYTES = 28,
+    EXTENDED_BYTES = 32, /* of requests' headers and replies' alike */
     REPLY_BYTES = 16,
+    STRUCTURED_BYTES = 20,
     DEPTH_MAX = 256,
     BLOCK_MAX = 2 << 20,
     INPUT_BYTES = 1 << 20,
@@ -45,11 +55,12 @@ enum {
 struct slot {
     uint64_t cookie; /* 0: free */
     uint64_t started_ns;
-    char header[REQUEST_BYTES];
+    char header[EXTENDED_BYTES];
 };
 
 static int fd;
-static int is_write;
+static int is_write, style;
+static size_t header_bytes; /* of a request */
 static uint32_t block_bytes, depth;
 static uint64_t blocks; /* of the disk */
 static struct slot slots[DEPTH_MAX];
@@ -98,6 +109,22 @@ static void receive_all(char *data, size_t length)
         die("the server hung up");
 }
 
+/* Asks for replies of the style. */
+static void negotiate_style(void)
+{
+    char data[1024];
+
+    if (style == SIMPLE)
+        return;
+    put64(data, OPTION_MAGIC);
+    put32(data + 8, style == STRUCTURED ? OPT_STRUCTURED_REPLY : OPT_EXTENDED_HEADERS);
+    put32(data + 12, 0);
+    send_all(data, 16);
+    receive_all(data, 20);
+    if (get32(data + 12) != REP_ACK)
+        die("the server doesn't know this style of replies");
+}
+
 /* Asks for the export. Returns its size. Source: the NBD protocol, "Fixed newstyle negotiation". */
 static uint64_t negotiate(const char *export)
 {
@@ -109,13 +136,15 @@ static uint64_t negotiate(const char *export)
     if (memcmp(data, "NBDMAGICIHAVEOPT", 16) != 0 || name_bytes > 1024)
         die("no NBD server, or a name too long");
     put32(data, get16(data + 16) & 3);
-    put64(data + 4, OPTION_MAGIC);
-    put32(data + 12, OPT_GO);
-    put32(data + 16, 4 + name_bytes + 2);
-    put32(data + 20, name_bytes);
-    memcpy(data + 24, export, name_bytes);
-    put16(data + 24 + name_bytes, 0);
-    send_all(data, 24 + name_bytes + 2);
+    send_all(data, 4);
+    negotiate_style();
+    put64(data, OPTION_MAGIC);
+    put32(data + 8, OPT_GO);
+    put32(data + 12, 4 + name_bytes + 2);
+    put32(data + 16, name_bytes);
+    memcpy(data + 20, export, name_bytes);
+    put16(data + 20 + name_bytes, 0);
+    send_all(data, 20 + name_bytes + 2);
     for (;;) {
         uint32_t kind, length;
 
@@ -156,18 +185,30 @@ static uint64_t some_offset(void)
     return random_state % blocks * block_bytes;
 }
 
+static void put_header(char *header, uint16_t command, uint64_t cookie, uint64_t offset,
+                       uint32_t length)
+{
+    int has_payload = style == EXTENDED && command == CMD_WRITE;
+
+    put32(header, style == EXTENDED ? EXTENDED_REQUEST_MAGIC : REQUEST_MAGIC);
+    put16(header + 4, has_payload ? FLAG_PAYLOAD_LEN : 0);
+    put16(header + 6, command);
+    put64(header + 8, cookie);
+    put64(header + 16, offset);
+    if (style == EXTENDED)
+        put64(header + 24, length);
+    else
+        put32(header + 24, length);
+}
+
 /* Puts a request into a free slot; send_due will send it. */
 static void begin(uint32_t index)
 {
     struct slot *slot = &slots[index];
 
     slot->cookie = ++serial << 16 | index;
-    put32(slot->header, REQUEST_MAGIC);
-    put16(slot->header + 4, 0);
-    put16(slot->header + 6, is_write ? CMD_WRITE : CMD_READ);
-    put64(slot->header + 8, slot->cookie);
-    put64(slot->header + 16, some_offset());
-    put32(slot->header + 24, block_bytes);
+    put_header(slot->header, is_write ? CMD_WRITE : CMD_READ, slot->cookie, some_offset(),
+               block_bytes);
     unsent[(unsent_first + unsent_count++) % DEPTH_MAX] = index;
     in_flight++;
 }
@@ -182,14 +223,14 @@ static size_t gather(struct iovec *parts, uint64_t time_ns)
 
         if (gone == 0)
             slot->started_ns = time_ns;
-        if (gone < REQUEST_BYTES) {
+        if (gone < header_bytes) {
             parts[count].iov_base = slot->header + gone;
-            parts[count++].iov_len = REQUEST_BYTES - gone;
-            gone = REQUEST_BYTES;
+            parts[count++].iov_len = header_bytes - gone;
+            gone = header_bytes;
         }
         if (is_write) {
-            parts[count].iov_base = payload + (gone - REQUEST_BYTES);
-            parts[count++].iov_len = block_bytes - (gone - REQUEST_BYTES);
+            parts[count].iov_base = payload + (gone - header_bytes);
+            parts[count++].iov_len = block_bytes - (gone - header_bytes);
         }
         gone = 0;
     }
@@ -200,7 +241,7 @@ static void send_due(void)
 {
     struct iovec parts[2 * DEPTH_MAX];
     struct msghdr message = {.msg_iov = parts};
-    size_t whole = REQUEST_BYTES + (is_write ? block_bytes : 0);
+    size_t whole = header_bytes + (is_write ? block_bytes : 0);
     ssize_t sent;
 
     if (unsent_count == 0)
@@ -231,24 +272,57 @@ static void count_latency(uint64_t took_ns)
     requests++;
 }
 
-/* A reply's header: checks it, and begins the slot's next request if `go_on`. */
-static void take_reply(const char *header, uint64_t time_ns, int go_on)
+/* A request is over: begins the slot's next one if `go_on`. */
+static void end(uint64_t cookie, uint64_t time_ns, int go_on)
 {
-    uint64_t cookie = get64(header + 8);
     struct slot *slot = &slots[cookie % DEPTH_MAX];
 
-    if (get32(header) != REPLY_MAGIC)
-        die("bad reply magic");
-    if (get32(header + 4) != 0)
-        die("a request failed");
-    if (cookie == 0 || (cookie & 0xffff) >= depth || slot->cookie != cookie)
-        die("a reply to a request that isn't in flight");
     count_latency(time_ns - slot->started_ns);
     slot->cookie = 0;
     in_flight--;
-    skip = is_write ? 0 : block_bytes;
     if (go_on)
         begin((uint32_t)(cookie & 0xffff));
+}
+
+/* The header of a reply or a chunk, if it is all there: checks it, and says what has to be skipped
+ * behind it. Returns its length, or 0. */
+static size_t take_header(const char *header, size_t available, uint64_t time_ns, int go_on)
+{
+    uint32_t magic;
+    size_t length;
+    uint64_t cookie;
+    int done = 1;
+
+    if (available < REPLY_BYTES)
+        return 0;
+    magic = get32(header);
+    if (magic == REPLY_MAGIC && style != EXTENDED) {
+        length = REPLY_BYTES;
+        if (get32(header + 4) != 0)
+            die("a request failed");
+        skip = is_write ? 0 : block_bytes;
+    } else if (magic == STRUCTURED_REPLY_MAGIC && style == STRUCTURED) {
+        length = STRUCTURED_BYTES;
+    } else if (magic == EXTENDED_REPLY_MAGIC && style == EXTENDED) {
+        length = EXTENDED_BYTES;
+    } else {
+        die("bad reply magic");
+        return 0;
+    }
+    if (available < length)
+        return 0;
+    if (length != REPLY_BYTES) {
+        done = get16(header + 4) & CHUNK_DONE;
+        if (get16(header + 6) & CHUNK_ERRORS)
+            die("a request failed");
+        skip = length == STRUCTURED_BYTES ? get32(header + 16) : get64(header + 24);
+    }
+    cookie = get64(header + 8);
+    if (cookie == 0 || (cookie & 0xffff) >= depth || slots[cookie % DEPTH_MAX].cookie != cookie)
+        die("a reply to a request that isn't in flight");
+    if (done)
+        end(cookie, time_ns, go_on);
+    return length;
 }
 
 /* Takes what has arrived. 0 when there was nothing. */
@@ -265,14 +339,16 @@ static int receive(uint64_t until_ns)
     input_filled += (size_t)count;
     time_ns = now_ns();
     for (;;) {
-        size_t part = skip < input_filled - at ? skip : input_filled - at;
+        size_t part = skip < input_filled - at ? skip : input_filled - at, length;
 
         at += part;
         skip -= part;
-        if (skip > 0 || input_filled - at < REPLY_BYTES)
+        if (skip > 0)
             break;
-        take_reply(input + at, time_ns, time_ns < until_ns);
-        at += REPLY_BYTES;
+        length = take_header(input + at, input_filled - at, time_ns, time_ns < until_ns);
+        if (length == 0)
+            break;
+        at += length;
     }
     input_filled -= at;
     memmove(input, input + at, input_filled);
@@ -338,11 +414,19 @@ static void report(double took_s)
 
 int main(int argc, char **argv)
 {
-    char bye[REQUEST_BYTES] = {0};
+    const char *wanted = argc == 8 ? argv[7] : "simple";
+    char bye[EXTENDED_BYTES] = {0};
     uint64_t start_ns, size;
 
-    if (argc != 7)
-        die("usage: lean_client SOCKET EXPORT read|write BLOCK_BYTES DEPTH MILLISECONDS");
+    if (argc != 7 && argc != 8)
+        die("usage: lean_client SOCKET EXPORT read|write BLOCK_BYTES DEPTH MILLISECONDS [STYLE]");
+    if (strcmp(wanted, "extended") == 0)
+        style = EXTENDED;
+    else if (strcmp(wanted, "structured") == 0)
+        style = STRUCTURED;
+    else if (strcmp(wanted, "simple") != 0)
+        die("a style is simple, structured or extended");
+    header_bytes = style == EXTENDED ? EXTENDED_BYTES : REQUEST_BYTES;
     is_write = strcmp(argv[3], "write") == 0;
     block_bytes = (uint32_t)strtoul(argv[4], NULL, 10);
     depth = (uint32_t)strtoul(argv[5], NULL, 10);
@@ -361,9 +445,8 @@ int main(int argc, char **argv)
     start_ns = now_ns();
     load(start_ns + strtoull(argv[6], NULL, 10) * 1000000);
     report((double)(now_ns() - start_ns) / 1e9);
-    put32(bye, REQUEST_MAGIC);
-    put16(bye + 6, CMD_DISC);
-    send_all(bye, sizeof bye);
+    put_header(bye, CMD_DISC, 0, 0, 0);
+    send_all(bye, header_bytes);
     close(fd);
     return 0;
 }

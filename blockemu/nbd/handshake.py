@@ -94,6 +94,8 @@ def parse_name(data: bytes, *, name_length_max: int) -> str:
     """An export's name as the client wrote it. Raises: InvalidOption."""
     if len(data) > name_length_max:
         raise InvalidOption(f"the name is longer than {name_length_max} bytes")
+    if b"\0" in data:
+        raise InvalidOption("the name has a NUL in it")
     try:
         return data.decode()
     except UnicodeDecodeError:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from blockemu.nbd.reply_style import Failure
     from blockemu.nbd.transmission import Connection
 
+SHORT_TURN = 32
+"""Part of a whole one that a connection gets in a round in which others have taken long."""
+
 
 class Intake:
     """The receiving half of a connection. Context: as the connection's."""
@@ -117,6 +120,8 @@ class Intake:
         length_max, room = limits.request_length_max, connection.room()
         budget = limits.round_bytes_max
         request_cost = budget // limits.round_requests_max
+        if connection.ctx.is_late(started_ns):
+            budget //= SHORT_TURN
         spare_done: Callable[[int], None] = self._spare.done
 
         direct_map = connection.export.backend.direct_map

@@ -366,5 +366,7 @@ class Connection(BaseConnection):
             head = style.read_head(cookie, offset, request.length)
             replies.add_data(head, buffer, request.length)
             request.buffer = None
+        elif request.command == READ:
+            replies.add(style.nothing_read(cookie, offset))
         else:
             replies.add(style.success(cookie, offset))

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from blockemu.loop.buffers import untouched_memory
+
 if TYPE_CHECKING:
     from blockemu.loop.stream_socket import StreamSocket
 
 CAPACITY_BYTES = 512 * 1024
-"""Holds a batch of 128 writes of 4 KiB, or one of 32 with room to spare. The memory is zero pages
-until a peer makes it use them."""
+"""Holds a batch of 128 writes of 4 KiB, or one of 32 with room to spare. Nothing of the memory is
+there until a peer makes it use a page."""
 
 WAIT_BYTES_MAX = 64 * 1024
 """Payloads up to this size wait here until they are whole; they always fit after `_make_room`."""
@@ -32,8 +34,8 @@ class ReceiveBuffer:
     __slots__ = ("_expected", "data", "discard_left", "end", "start", "view")
 
     def __init__(self) -> None:
-        self.data = bytearray(CAPACITY_BYTES)
-        self.view = memoryview(self.data)
+        self.view = untouched_memory(CAPACITY_BYTES)
+        self.data = self.view
         self.start = 0
         self.end = 0
         self.discard_left = 0
@@ -75,7 +77,7 @@ class ReceiveBuffer:
         it until then; whatever refers to the connection in circles would keep it for minutes."""
         self.forget()
         self.view = memoryview(b"")
-        self.data = bytearray()
+        self.data = self.view
         self.start = self.end = 0
 
     def fill(self, sock: StreamSocket) -> int:

@@ -18,6 +18,7 @@
 
 enum {
     POLL_NS_START = 4000,                /* adaptive polling begins with this, as QEMU's */
+    POLL_SLOT_NS = 1000000,              /* of one half of a pass: see poll_is_late */
     POLL_RING_LOOKS = 16,                /* looks at the AIO ring per system call, spinning */
     POLL_IO_FACTOR = 10,                 /* longer, when work is known to come: poll_await */
     POLL_AIO_RETRY_NS = 1000000,         /* linux_aio.py's NO_ROOM_RETRY_NS */
@@ -264,6 +265,11 @@ void poll_again(struct native_poll *poll, struct poll_handler *handler)
     poll->again_last = handler;
 }
 
+int poll_is_late(struct native_poll *poll)
+{
+    return poll->slot_turns++ > 0 && poll_clock() - poll->slot_ns > POLL_SLOT_NS;
+}
+
 void poll_flush_later(struct native_poll *poll, struct poll_handler *handler)
 {
     if (handler->is_flush)
@@ -308,6 +314,18 @@ static void poll_serve_batch(struct poll_own *own, int count)
     own->batch_next = own->batch_count = 0;
 }
 
+static void poll_begin_slot(struct native_poll *poll, int64_t now_ns)
+{
+    poll->slot_ns = now_ns;
+    poll->slot_turns = 0;
+}
+
+/* Whether a half of a pass has had its time, and somebody a turn in it. */
+static int poll_is_over(const struct native_poll *poll)
+{
+    return poll->slot_turns > 0 && poll_clock() - poll->slot_ns > POLL_SLOT_NS;
+}
+
 static uint32_t poll_count_again(const struct native_poll *poll)
 {
     const struct poll_handler *handler = poll->again_first;
@@ -318,13 +336,15 @@ static uint32_t poll_count_again(const struct native_poll *poll)
     return count;
 }
 
-/* Calls go_on of `left` handlers, from the front: those that were queued before the pass. Callbacks
- * may take any of them out meanwhile. */
+/* Calls go_on of `left` handlers, from the front: those that were queued before the pass; or of as
+ * many as there is time for, so that who has become ready since needn't wait for all of them.
+ * Callbacks may take any of them out meanwhile. */
 static void poll_serve_again(struct native_poll *poll, uint32_t left)
 {
     struct poll_handler *handler;
 
-    while (left-- > 0 && (handler = poll->again_first) != NULL) {
+    poll_begin_slot(poll, left > 1 ? poll_clock() : poll->now_ns);
+    while (left-- > 0 && (handler = poll->again_first) != NULL && !poll_is_over(poll)) {
         poll->again_first = handler->next_again;
         handler->is_again = 0;
         handler->go_on(poll, handler);
@@ -353,6 +373,7 @@ static void poll_pass(struct poll_own *own, int count)
     uint32_t again = poll_count_again(poll);
 
     poll->now_ns = poll_clock();
+    poll_begin_slot(poll, poll->now_ns);
     poll->passes++;
     poll_serve_batch(own, count);
     if (!poll->external_disabled)

@@ -91,6 +91,8 @@ struct native_poll {
     int64_t poll_grow;   /* factor by which poll_ns grows, 0 for 2 */
     int64_t poll_shrink; /* divisor by which it shrinks, 0 for back to 0 */
     int64_t now_ns;      /* CLOCK_MONOTONIC at the beginning of this pass */
+    int64_t slot_ns;     /* the same of its half that runs: what is ready, then what goes on */
+    uint32_t slot_turns; /* how often poll_is_late was asked in it */
 
     /* Counters, for whoever wants to know. */
     uint64_t sleeps;      /* epoll_wait calls that could block */
@@ -142,6 +144,11 @@ void poll_interest(struct native_poll *poll, struct poll_handler *handler, uint3
 
 /* Has go_on called in the next pass, which begins without a sleep. */
 void poll_again(struct native_poll *poll, struct poll_handler *handler);
+
+/* Whether others have had so much time in this half of the pass that who comes now should take a
+ * short turn, and call poll_again for the rest: whoever waits behind has perhaps little to do. To be
+ * asked once at the beginning of a turn. */
+int poll_is_late(struct native_poll *poll);
 
 /* Has flush called at the end of this pass, or of the next. */
 void poll_flush_later(struct native_poll *poll, struct poll_handler *handler);

@@ -16,13 +16,18 @@ import random
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.e2e.daemon_watch import (
+    GONE_S,
+    open_descriptors,
+    resident_kib,
+    wait_for_descriptors,
+)
 from tests.e2e.disk_model import DiskModel, divide
 from tests.e2e.raw_nbd import (
     CMD_DISC,
@@ -45,7 +50,6 @@ KIB, MIB = 1 << 10, 1 << 20
 SIZE_BYTES = 4 * MIB + 512
 DEEDS_A_ROUND = 250
 VISITS = 1500 * ROUNDS
-GONE_S = 20.0
 # A deed may leave the allocator's and the interpreter's caches larger, not grow without end. The
 # largest payloads (32 MiB) are kept in the buffer pool.
 GROWTH_KIB_MAX = 48 * KIB
@@ -203,19 +207,6 @@ class Crowd:
 # --- the daemon, seen from outside ---
 
 
-def open_descriptors(server: BlockemuDaemon) -> int:
-    """How many the daemon has."""
-    return len(os.listdir(f"/proc/{server.pid}/fd"))
-
-
-def resident_kib(server: BlockemuDaemon) -> int:
-    """Memory that the daemon has now."""
-    for line in Path(f"/proc/{server.pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1])
-    raise AssertionError("no VmRSS")
-
-
 def ask(control: Path, command: str) -> list[dict[str, Any]]:
     """The answer to a QMP query."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
@@ -231,12 +222,9 @@ def ask(control: Path, command: str) -> list[dict[str, Any]]:
         return found
 
 
-def wait_for_descriptors(server: BlockemuDaemon, control: Path, count: int) -> None:
-    """Until no more than `count` are open: the server may notice late that somebody has gone."""
-    deadline = time.monotonic() + GONE_S
-    while (found := open_descriptors(server)) > count:
-        assert time.monotonic() < deadline, f"{found} descriptors are open instead of {count}"
-        ask(control, "query-block-exports")  # a round or two of its main loop
+def wait_until_alone(server: BlockemuDaemon, control: Path, descriptors: int) -> None:
+    """Until no more are open than these."""
+    wait_for_descriptors(server.pid, descriptors, lambda: ask(control, "query-block-exports"))
 
 
 @pytest.fixture(params=["1", "0"], ids=["native", "python"])
@@ -308,12 +296,12 @@ def test_good_clients_notice_nothing_of_hostile_ones_which_leave_nothing_behind(
     rng = random.Random(random_seed)
     clients = good_clients(server, rng)
     crowd = Crowd(server.socket_path, random.Random(rng.random()))
-    before = open_descriptors(server)
+    before = open_descriptors(server.pid)
     memory: list[int] = []
     for _ in range(1 + ROUNDS):
         serve_beside(clients, rng, lambda: crowd.misbehave(DEEDS_A_ROUND))
-        wait_for_descriptors(server, run_dir / "qmp.sock", before)
-        memory.append(resident_kib(server))
+        wait_until_alone(server, run_dir / "qmp.sock", before)
+        memory.append(resident_kib(server.pid))
     assert max(memory[1:]) - memory[0] < GROWTH_KIB_MAX, memory
     good, victim = ask(run_dir / "qmp.sock", "x-query-export-stats")
     assert (good["id"], victim["id"]) == EXPORTS
@@ -329,7 +317,7 @@ def test_descriptors_and_memory_of_thousands_of_short_visits_come_back(
     rng = random.Random(random_seed)
     clients = good_clients(server, rng)
     visitors = random.Random(rng.random())
-    before = open_descriptors(server)
+    before = open_descriptors(server.pid)
 
     def visit() -> None:
         for _ in range(VISITS):
@@ -346,7 +334,7 @@ def test_descriptors_and_memory_of_thousands_of_short_visits_come_back(
     memory = []
     for _ in range(2):
         serve_beside(clients, rng, visit)
-        wait_for_descriptors(server, run_dir / "qmp.sock", before)
-        memory.append(resident_kib(server))
+        wait_until_alone(server, run_dir / "qmp.sock", before)
+        memory.append(resident_kib(server.pid))
     assert memory[1] - memory[0] < GROWTH_KIB_MAX, memory
     assert len(ask(run_dir / "qmp.sock", "query-block-exports")) == len(EXPORTS)

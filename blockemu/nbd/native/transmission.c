@@ -31,6 +31,11 @@ enum nbd_stop_reason {
 struct nbd_budget {
     int64_t requests;
     int64_t bytes;
+    int is_short; /* others have waited long: nothing that takes long is begun */
+};
+
+enum {
+    NBD_SHORT_TURN = 32, /* part of a whole one */
 };
 
 /* --- when to read --- */
@@ -255,6 +260,8 @@ static enum nbd_stop_reason nbd_begin(struct nbd_connection *connection, struct 
     wanted = nbd_bytes_wanted(connection, command, has_payload || command == NBD_READ, length);
     if (nbd_must_wait(connection, wanted))
         return NBD_STOP_BOUND;
+    if (budget->is_short && wanted > (uint64_t)budget->bytes)
+        return NBD_STOP_BUDGET; /* a whole turn will come */
     if (has_payload && available < length && length <= NBD_WAIT_BYTES_MAX)
         return NBD_STOP_EMPTY;
     request = nbd_request_new(connection);
@@ -281,10 +288,14 @@ static enum nbd_stop_reason nbd_begin(struct nbd_connection *connection, struct 
 static enum nbd_stop_reason nbd_parse(struct nbd_connection *connection)
 {
     struct nbd_budget budget = {connection->limits.round_requests_max,
-                                connection->limits.round_bytes_max};
-
+                                connection->limits.round_bytes_max, 0};
     uint32_t header_bytes = nbd_header_bytes(connection->style);
 
+    if (poll_is_late(connection->poll)) {
+        budget.requests = budget.requests / NBD_SHORT_TURN + 1;
+        budget.bytes = budget.bytes / NBD_SHORT_TURN + 1;
+        budget.is_short = 1;
+    }
     while (connection->end - connection->start >= header_bytes) {
         enum nbd_stop_reason reason;
 

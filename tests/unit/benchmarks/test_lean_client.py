@@ -17,6 +17,7 @@ from benchmarks.load import lean_command, parse_result, run_load
 from benchmarks.native_programs import compiler
 from benchmarks.roofline import Roofline
 from benchmarks.workloads import Workload
+from tests.peers.blockemu import BlockemuDaemon
 from tests.peers.qemu import ToolFailed
 from tests.peers.requirement import give_up
 
@@ -61,6 +62,24 @@ def test_writes_arrive_everywhere(roofline: Roofline, tmp_path: Path) -> None:
     written = [content[at : at + 4096] for at in range(0, MIB, 4096)]
     assert sum(any(block) for block in written) > len(written) / 2
     assert len({block for block in written if any(block)}) == 1, "torn, or not what was sent"
+
+
+@pytest.mark.parametrize("style", ["structured", "extended"])
+@pytest.mark.parametrize("pattern", ["randread", "randwrite"])
+def test_each_style_of_replies_is_understood(tmp_path: Path, pattern: str, style: str) -> None:
+    image = tmp_path / "disk.raw"
+    image.write_bytes(bytes(MIB))
+    load = Workload("load", pattern, 4096, DEPTH, lean=True, style=style)
+    with BlockemuDaemon(image, fmt="raw", socket_path=tmp_path / "nbd.sock") as server:
+        found = run_load(server.uri, load, runtime_s=RUNTIME_S)
+    assert found.requests >= DEPTH
+    assert any(image.read_bytes()) == (pattern == "randwrite")
+
+
+def test_a_style_that_the_server_doesnt_know_is_a_failed_load(roofline: Roofline) -> None:
+    load = Workload("load", "randread", 4096, DEPTH, lean=True, style="structured")
+    with pytest.raises(ToolFailed, match="doesn't know this style"):
+        run_load(roofline.uri, load, runtime_s=RUNTIME_S)
 
 
 @contextmanager

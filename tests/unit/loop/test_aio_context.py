@@ -20,7 +20,7 @@ from blockemu.loop import (
     VirtualClock,
     yield_now,
 )
-from blockemu.loop.aio_context import SETTLE_PASSES_MAX, STEPS_MAX
+from blockemu.loop.aio_context import SETTLE_PASSES_MAX, STEPS_MAX, TURNS_NS
 
 IN, OUT, ERR, HUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLERR, select.EPOLLHUP
 
@@ -558,3 +558,19 @@ def test_closed_context_gives_its_descriptors_back() -> None:
         poller.fileno()
     ctx.schedule_oneshot(fail)
     ctx.notify()
+
+
+def test_who_comes_late_in_a_round_is_told_and_the_next_round_begins_anew(
+    ctx: AioContext, clock: VirtualClock
+) -> None:
+    told: list[bool] = []
+
+    def turn() -> None:
+        told.append(ctx.is_late(ctx.now_ns()))
+        clock.advance_ns(TURNS_NS // 2 + 1)
+
+    for _ in range(2):
+        for _ in range(4):
+            ctx.schedule_oneshot(turn)
+        ctx.poll(blocking=False)
+    assert told == 2 * [False, False, True, True]

@@ -95,7 +95,7 @@ def test_export_name_begins_transmission(
     assert serves(client)
 
 
-@pytest.mark.parametrize("name", [b"none", b"\xff", b"d" * 4097, b"d" * 20_000])
+@pytest.mark.parametrize("name", [b"none", b"disk\0", b"\xff", b"d" * 4097, b"d" * 20_000])
 def test_bad_export_name_hangs_up(client: Client, name: bytes) -> None:
     client.option(EXPORT_NAME, name)
     assert client.hung_up()
@@ -178,6 +178,7 @@ def test_no_default_export_where_there_are_none(start_server: StartServer) -> No
         struct.pack(">I4sHH", 4, b"disk", 0, 3),
         struct.pack(">I4sHB", 4, b"disk", 1, 3),
         struct.pack(">I4sH", 4, b"\xff\xfe\xfd\xfc", 0),
+        struct.pack(">I4sH", 4, b"dis\0", 0),
         struct.pack(">I4097sH", 4097, b"x" * 4097, 0),
     ],
 )
