@@ -14,6 +14,7 @@ threads, remove the sockets' files.
 
 from __future__ import annotations
 
+import functools
 import logging
 import signal
 import socket
@@ -27,6 +28,7 @@ from blockemu.drivers.metadata_budget import MetadataBudget
 from blockemu.drivers.registry import Opener
 from blockemu.exports import Export, ExportTable
 from blockemu.img.size import format_size
+from blockemu.limits import SECOND_NS
 from blockemu.listen import listen_tcp, listen_unix, remove_unix_path
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.coroutine import run_in_context
@@ -136,7 +138,9 @@ class Daemon:
             signal.pthread_sigmask(how, STOP_SIGNALS)
 
     async def _live(self, on_ready: Callable[[list[str]], None]) -> None:
+        patience = self.main_ctx.new_timer(self._cancel_in_flight)
         async with AsyncExitStack() as undo:
+            undo.callback(patience.cancel)
             await self._start(undo)
             on_ready(self.describe_exports())
             self._notify("READY=1")
@@ -144,6 +148,14 @@ class Daemon:
             await self._stopping.wait()
             self._hold_signals(hold=True)
             self._notify("STOPPING=1")
+            patience.arm(self.main_ctx.now_ns() + self.config.limits.remote_linger_ns)
+
+    def _cancel_in_flight(self) -> None:
+        """What still waits for servers that images are on has waited long enough."""
+        seconds = self.config.limits.remote_linger_ns / SECOND_NS
+        reason = f"no answer within {seconds:g} s, and the daemon is stopping"
+        for node in self.opener.nodes.values():
+            node.ctx.schedule_oneshot(functools.partial(node.driver.cancel_in_flight, reason))
 
     # --- start; each step says how it is undone ---
 

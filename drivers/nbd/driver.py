@@ -201,8 +201,8 @@ class NbdDriver(BlockDriver):
 
     # --- its life ---
 
-    def cancel_in_flight(self) -> None:
-        self._link.give_up("interrupted")
+    def cancel_in_flight(self, reason: str) -> None:
+        self._link.give_up(reason)
 
     async def close(self) -> None:
         await self._link.close()

@@ -326,7 +326,7 @@ def test_a_node_that_is_given_up_takes_no_new_connection(
 
     def serve(client: Client) -> None:
         if server.clients == 2:
-            ctx.schedule_oneshot(node.driver.cancel_in_flight)
+            ctx.schedule_oneshot(lambda: node.driver.cancel_in_flight("interrupted"))
         client.negotiate()
         client.request()
 
