@@ -43,24 +43,55 @@ async def connect_unix(path: str) -> StreamSocket:
     return await _connect(socket.AF_UNIX, socket.SOCK_STREAM, 0, path)
 
 
-async def connect_tcp(host: str, port: int) -> StreamSocket:
-    """Connect to `port` of `host`, a name or an address of IPv4 or IPv6.
+async def connect_tcp(
+    host: str, port: int, *, family: socket.AddressFamily = socket.AF_UNSPEC
+) -> StreamSocket:
+    """Connect to `port` of `host`, a name or an address of IPv4 or IPv6, or only of `family`.
 
     Context: a task. Suspends: until a connection is made, or none could be.
     Raises: OSError, that of the last address that was tried.
     """
     last: OSError | None = None
-    for family, kind, protocol, address in await _addresses(host, port):
+    for of, kind, protocol, address in await _addresses(host, port, family):
         try:
-            return await _connect(family, kind, protocol, address)
+            return await _connect(of, kind, protocol, address)
         except OSError as error:
             last = error
     raise last or OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
 
 
-async def _addresses(host: str, port: int) -> list[tuple[int, int, int, Any]]:
+async def connect_vsock(cid: int, port: int) -> StreamSocket:
+    """Connect to `port` of the virtual machine (or host) with the context id `cid`.
+
+    Context: a task. Suspends: until it is connected. Raises: OSError.
+    """
+    return await _connect(socket.AF_VSOCK, socket.SOCK_STREAM, 0, (cid, port))
+
+
+def adopt_stream(fd: int) -> StreamSocket:
+    """A connected stream socket that somebody handed us; a descriptor of its own. `fd` stays open.
+
+    Raises: OSError, if it is no such socket.
+    """
+    sock = socket.socket(fileno=os.dup(fd))
+    try:
+        if sock.type != socket.SOCK_STREAM:
+            raise OSError(errno.EPROTOTYPE, "it is no stream socket")
+        sock.getpeername()
+        os.set_inheritable(sock.fileno(), False)
+        sock.setblocking(False)
+        tune(sock)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def _addresses(
+    host: str, port: int, family: socket.AddressFamily
+) -> list[tuple[int, int, int, Any]]:
     def look_up() -> list[tuple[int, int, int, Any]]:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
         unique = dict.fromkeys(found)
         return [(family, kind, protocol, to) for family, kind, protocol, _, to in unique]
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Final
 
 from blockemu.drivers.errors import io_error
 from blockemu.drivers.nbd.protocol import (
+    EXTENDED_REPLY,
+    NBD_EXTENDED_REPLY_MAGIC,
     NBD_REPLY_FLAG_DONE,
     NBD_SIMPLE_REPLY_MAGIC,
     NBD_STRUCTURED_REPLY_MAGIC,
@@ -25,6 +27,7 @@ from blockemu.drivers.nbd.protocol import (
     errno_of_error,
 )
 from blockemu.drivers.nbd.receive_buffer import WAIT_BYTES_MAX, ReceiveBuffer
+from blockemu.drivers.zeroes import fill_zeroes
 from blockemu.loop.coroutine import Future
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ _OFFSET: Final = struct.Struct(">Q")
 _HOLE: Final = struct.Struct(">QI")
 _ERROR: Final = struct.Struct(">IH")
 _EXTENT: Final = struct.Struct(">II")
+_EXTENT_EXT: Final = struct.Struct(">QQ")
 _ERROR_TYPES: Final = 1 << 15
 
 
@@ -102,12 +106,23 @@ class ReplyParser:
     """
 
     def __init__(
-        self, in_flight: dict[int, InFlight], *, structured: bool, allocation_context: int | None
+        self,
+        in_flight: dict[int, InFlight],
+        *,
+        structured: bool,
+        context: int | None,
+        extended: bool = False,
     ) -> None:
         self.received = ReceiveBuffer()
         self._in_flight = in_flight
         self._structured = structured
-        self._context = allocation_context
+        self._extended = extended
+        self._context = context
+        self._status_kind = (
+            ChunkType.NBD_REPLY_TYPE_BLOCK_STATUS_EXT
+            if extended
+            else ChunkType.NBD_REPLY_TYPE_BLOCK_STATUS
+        )
         self._arriving: InFlight | None = None
         self._ends_with_payload = False
 
@@ -146,10 +161,13 @@ class ReplyParser:
         if available < 4:
             return False
         magic = int.from_bytes(received.data[received.start : received.start + 4], "big")
-        if magic == NBD_SIMPLE_REPLY_MAGIC:
+        if self._extended:
+            if magic == NBD_EXTENDED_REPLY_MAGIC:
+                return available >= EXTENDED_REPLY.size and self._extended_chunk(available)
+        elif magic == NBD_SIMPLE_REPLY_MAGIC:
             return available >= _SIMPLE.size and self._simple_reply()
-        if magic == NBD_STRUCTURED_REPLY_MAGIC and self._structured:
-            return available >= STRUCTURED_REPLY.size and self._chunk(available)
+        elif magic == NBD_STRUCTURED_REPLY_MAGIC and self._structured:
+            return available >= STRUCTURED_REPLY.size and self._structured_chunk(available)
         raise ProtocolViolation(f"sent a reply with a bad magic number, {magic:#x}")
 
     def _request(self, cookie: int) -> InFlight:
@@ -194,24 +212,40 @@ class ReplyParser:
         if not request.done.done():
             request.done.set_result(None)
 
-    # --- structured replies ---
+    # --- structured and extended replies ---
 
-    def _chunk(self, available: int) -> bool:
+    def _structured_chunk(self, available: int) -> bool:
         received = self.received
         _, flags, kind, cookie, length = STRUCTURED_REPLY.unpack_from(received.data, received.start)
         request = self._request(cookie)
+        return self._chunk(request, flags, kind, length, STRUCTURED_REPLY.size, available)
+
+    def _extended_chunk(self, available: int) -> bool:
+        received = self.received
+        head = EXTENDED_REPLY.unpack_from(received.data, received.start)
+        _, flags, kind, cookie, offset, length = head
+        request = self._request(cookie)
+        if offset != request.offset:
+            raise ProtocolViolation(f"sent a chunk with offset {offset} for a {request}")
+        return self._chunk(request, flags, kind, length, EXTENDED_REPLY.size, available)
+
+    def _chunk(
+        self, request: InFlight, flags: int, kind: int, length: int, head: int, available: int
+    ) -> bool:
+        """`head`: the size of the chunk's header; the next `length` bytes are its payload."""
+        received = self.received
         last = bool(flags & NBD_REPLY_FLAG_DONE)
         is_data = kind == ChunkType.NBD_REPLY_TYPE_OFFSET_DATA
         if not is_data and length > WAIT_BYTES_MAX:
             raise ProtocolViolation(f"sent a chunk of type {kind} with {length} bytes")
         if is_data and not _OFFSET.size < length <= _OFFSET.size + request.length:
             raise ProtocolViolation(f"sent {length} bytes in a data chunk for a {request}")
-        if available < STRUCTURED_REPLY.size + (_OFFSET.size if is_data else length):
+        if available < head + (_OFFSET.size if is_data else length):
             return False
         request.chunks += 1
         if request.chunks > CHUNKS_MAX:
             raise ProtocolViolation(f"sent more than {CHUNKS_MAX} chunks for a {request}")
-        received.start += STRUCTURED_REPLY.size
+        received.start += head
         if is_data:
             self._data_chunk(request, length - _OFFSET.size, last=last)
             return True
@@ -245,7 +279,7 @@ class ReplyParser:
                 raise ProtocolViolation("sent an empty chunk that isn't empty or isn't the last")
         elif kind == ChunkType.NBD_REPLY_TYPE_OFFSET_HOLE:
             self._hole_chunk(request, payload)
-        elif kind == ChunkType.NBD_REPLY_TYPE_BLOCK_STATUS:
+        elif kind == self._status_kind:
             self._status_chunk(request, payload)
         elif kind & _ERROR_TYPES:
             _error_chunk(request, payload)
@@ -258,17 +292,21 @@ class ReplyParser:
         offset, length = _HOLE.unpack(payload)
         start = self._cover(request, offset, length)
         if request.view is not None:
-            request.view[start : start + length] = bytes(length)
+            fill_zeroes(request.view[start : start + length])
 
     def _status_chunk(self, request: InFlight, payload: bytes) -> None:
         if request.command != Command.NBD_CMD_BLOCK_STATUS:
             raise ProtocolViolation(f"sent a block status for a {request}")
-        if len(payload) < 4 + _EXTENT.size or (len(payload) - 4) % _EXTENT.size:
+        head, extent = (8, _EXTENT_EXT) if self._extended else (4, _EXTENT)
+        count, rest = divmod(len(payload) - head, extent.size)
+        if count < 1 or rest:
             raise ProtocolViolation(f"sent a block status of {len(payload)} bytes")
+        if self._extended and int.from_bytes(payload[4:8], "big") != count:
+            raise ProtocolViolation(f"sent {count} extents of block status, and another count")
         context = int.from_bytes(payload[:4], "big")
         if context != self._context or request.extents:
             raise ProtocolViolation(f"sent a block status of context {context}, not asked for")
-        request.extents = list(_EXTENT.iter_unpack(payload[4:]))
+        request.extents = list(extent.iter_unpack(payload[head:]))
         if not all(length for length, _ in request.extents):
             raise ProtocolViolation("sent a block status of no bytes")
 

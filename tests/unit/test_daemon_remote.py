@@ -43,14 +43,15 @@ def test_the_daemon_ends_though_the_server_of_its_image_never_answers(
         [nbd_uri(tmp_path / "s")], names=["disk"], fmt="raw",
         address=UnixAddress(str(tmp_path / "daemon")), limits=limits,
     )  # fmt: skip
-    with ScriptedNbd(tmp_path / "s", serve):
-        running = DaemonThread(config)
-        begun = 0.0
-        with pytest.raises(ImageError, match="flush failed: .*no answer .* is stopping"), running:
-            with RawNbd.connected(tmp_path / "daemon", "disk") as client:
-                length = 0 if command == 3 else 512
-                client.send(command, 0, length, payload=bytes(length) if command == 1 else b"")
-                assert hangs.wait(30)
-                begun = time.monotonic()
-                running.stop()
+    with (
+        ScriptedNbd(tmp_path / "s", serve),
+        DaemonThread(config) as running,
+        RawNbd.connected(tmp_path / "daemon", "disk") as client,
+    ):
+        length = 0 if command == 3 else 512
+        client.send(command, 0, length, payload=bytes(length) if command == 1 else b"")
+        assert hangs.wait(30)
+        begun = time.monotonic()
+        with pytest.raises(ImageError, match=r"flush failed: .*no answer .* is stopping"):
+            running.stop()
         assert time.monotonic() - begun < ENDS_WITHIN_S

@@ -17,6 +17,7 @@ import pytest
 from blockemu.drivers.backend import BlockBackend
 from blockemu.drivers.driver import RequestFlags
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.nbd.protocol import Reply
 from blockemu.drivers.node import BlockDriverState
 from blockemu.drivers.registry import Opener
 from blockemu.loop.aio_context import AioContext
@@ -52,11 +53,11 @@ def read(ctx: AioContext, node: BlockDriverState, offset: int, length: int) -> b
     return bytes(view)
 
 
-def good(log: list[tuple[int, int, int, int]], *, flags: int = READ_WRITE) -> Any:
+def good(log: list[tuple[int, int, int, int]], *, flags: int = READ_WRITE, size: int = SIZE) -> Any:
     """A server of zeroes with simple replies that writes down (command, flags, offset, length)."""
 
     def serve(client: Client) -> None:
-        client.negotiate(flags=flags)
+        client.negotiate(flags=flags, size=size)
         while True:
             bits, command, cookie, offset, length = client.request()
             log.append((command, bits, offset, length))
@@ -265,11 +266,29 @@ def test_requests_in_flight_are_made_again(ctx: AioContext, opener: Opener, tmp_
     assert log == [(0, 0, 512, 4096), (3, 0, 0, 0), (2, 0, 0, 0)]
 
 
+def block_sizes(minimum: int, maximum: int) -> bytes:
+    return struct.pack(">HIII", 3, minimum, 4096, maximum)
+
+
+CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "smaller": ({}, {"size": SIZE // 2}, f"has {SIZE // 2} bytes now, and had {SIZE}"),
+    "read-only": ({}, {"flags": 0x67}, "lets nobody write to this export"),
+    "blocks": ({}, {"infos": block_sizes(4096, 1 << 25)}, "block sizes are others than before"),
+    "payload": ({}, {"infos": block_sizes(512, 1 << 16)}, "block sizes are others than before"),
+    "no-flush": ({}, {"flags": 0x61}, "has no flush any more"),
+    "no-status": ({"structured": True}, {}, "doesn't tell block status any more"),
+    "gone": ({}, {"refusal": Reply.NBD_REP_ERR_UNKNOWN}, "has no such export"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_an_export_that_has_changed_is_given_up(
-    ctx: AioContext, opener: Opener, tmp_path: Path
+    ctx: AioContext, opener: Opener, tmp_path: Path, change: str
 ) -> None:
+    before, after, reason = CHANGES[change]
+
     def serve(client: Client) -> None:
-        client.negotiate(size=SIZE * server.clients)
+        client.negotiate(**(before if server.clients == 1 else after))
         client.request()
 
     options = {"reconnect-delay": 3600}
@@ -278,8 +297,55 @@ def test_an_export_that_has_changed_is_given_up(
         opened(ctx, opener, tmp_path / "s", **options) as node,
     ):
         for _ in range(2):
-            with pytest.raises(OSError, match=f"has {2 * SIZE} bytes now, and had {SIZE}"):
+            with pytest.raises(OSError, match=reason):
                 read(ctx, node, 0, 512)
+        assert server.clients == 2
+
+
+def test_an_export_that_has_grown_is_taken_as_it_is(
+    ctx: AioContext, opener: Opener, tmp_path: Path
+) -> None:
+    log: list[tuple[int, int, int, int]] = []
+
+    def serve(client: Client) -> None:
+        if server.clients == 1:
+            client.negotiate()
+            client.request()
+        else:
+            good(log, size=2 * SIZE)(client)
+
+    with (
+        ScriptedNbd(tmp_path / "s", serve) as server,
+        opened(ctx, opener, tmp_path / "s", **{"reconnect-delay": 3600}) as node,
+    ):
+        assert node.length_bytes == SIZE
+        assert read(ctx, node, 0, 512) == bytes(512)
+        assert node.length_bytes == 2 * SIZE
+        assert read(ctx, node, 2 * SIZE - 512, 512) == bytes(512)
+    assert log == [(0, 0, 0, 512), (0, 0, 2 * SIZE - 512, 512), (2, 0, 0, 0)]
+
+
+def test_truncating_to_more_asks_the_server_anew(
+    ctx: AioContext, opener: Opener, tmp_path: Path
+) -> None:
+    """What was resized above us is taken; the old connection is left."""
+    log: list[tuple[int, int, int, int]] = []
+
+    def serve(client: Client) -> None:
+        good(log, size=SIZE if server.clients < 3 else 2 * SIZE)(client)
+
+    with (
+        ScriptedNbd(tmp_path / "s", serve) as server,
+        opened(ctx, opener, tmp_path / "s") as node,
+    ):
+        with pytest.raises(OSError, match=f"has {SIZE} bytes"):
+            ctx.run(node.truncate(2 * SIZE))
+        assert node.length_bytes == SIZE
+        ctx.run(node.truncate(2 * SIZE))
+        assert node.length_bytes == 2 * SIZE
+        ctx.run(node.pwritev(2 * SIZE - 512, memoryview(bytes(512))))
+    assert log.count((2, 0, 0, 0)) == server.clients == 3
+    assert (1, 0, 2 * SIZE - 512, 512) in log
 
 
 def test_a_server_that_breaks_the_rules_gets_no_second_chance(

@@ -59,7 +59,7 @@ class Server:
     def __init__(self, *, structured: bool = True) -> None:
         self.requests: dict[int, InFlight] = {}
         self.parser = ReplyParser(
-            self.requests, structured=structured, allocation_context=CONTEXT if structured else None
+            self.requests, structured=structured, context=CONTEXT if structured else None
         )
         self.sent = b""
 
