@@ -43,6 +43,7 @@ _ERROR: Final = struct.Struct(">IH")
 _EXTENT: Final = struct.Struct(">II")
 _EXTENT_EXT: Final = struct.Struct(">QQ")
 _ERROR_TYPES: Final = 1 << 15
+U32_MAX: Final = 2**32 - 1
 
 
 class ProtocolViolation(Exception):
@@ -309,6 +310,8 @@ class ReplyParser:
         request.extents = list(extent.iter_unpack(payload[head:]))
         if not all(length for length, _ in request.extents):
             raise ProtocolViolation("sent a block status of no bytes")
+        if any(state > U32_MAX for _, state in request.extents):
+            raise ProtocolViolation("sent a block status with a state of more than 32 bits")
 
 
 def _error_chunk(request: InFlight, payload: bytes) -> None:

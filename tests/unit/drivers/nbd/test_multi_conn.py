@@ -275,9 +275,7 @@ def test_a_real_server_has_what_was_written_through_all(
 
         async def fill() -> None:
             view = memoryview(expected)
-            await gather(
-                *(node.pwritev(at, view[at : at + BLOCK]) for at in range(0, SIZE, BLOCK))
-            )
+            await gather(*(node.pwritev(at, view[at : at + BLOCK]) for at in range(0, SIZE, BLOCK)))
             await node.flush()
 
         ctx.run(fill())

@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockemu.drivers.nbd.protocol import (
+    EXTENDED_REPLY,
+    NBD_EXTENDED_REPLY_MAGIC,
     NBD_SIMPLE_REPLY_MAGIC,
     NBD_STRUCTURED_REPLY_MAGIC,
     STRUCTURED_REPLY,
@@ -30,6 +32,7 @@ NONE = ChunkType.NBD_REPLY_TYPE_NONE
 ERROR = ChunkType.NBD_REPLY_TYPE_ERROR
 ERROR_OFFSET = ChunkType.NBD_REPLY_TYPE_ERROR_OFFSET
 EXTENTS = ChunkType.NBD_REPLY_TYPE_BLOCK_STATUS
+EXTENTS_EXT = ChunkType.NBD_REPLY_TYPE_BLOCK_STATUS_EXT
 
 
 class Pieces:
@@ -56,10 +59,14 @@ class Pieces:
 class Server:
     """One side's requests in flight, and what is sent in answer."""
 
-    def __init__(self, *, structured: bool = True) -> None:
+    def __init__(self, *, structured: bool = True, extended: bool = False) -> None:
         self.requests: dict[int, InFlight] = {}
+        self.extended = extended
         self.parser = ReplyParser(
-            self.requests, structured=structured, context=CONTEXT if structured else None
+            self.requests,
+            structured=structured,
+            context=CONTEXT if structured else None,
+            extended=extended,
         )
         self.sent = b""
 
@@ -75,9 +82,15 @@ class Server:
         return self
 
     def chunk(self, request: InFlight, kind: int, payload: bytes = b"", *, done: bool) -> Server:
-        self.sent += STRUCTURED_REPLY.pack(
-            NBD_STRUCTURED_REPLY_MAGIC, int(done), kind, request.cookie, len(payload)
-        )
+        if self.extended:
+            self.sent += EXTENDED_REPLY.pack(
+                NBD_EXTENDED_REPLY_MAGIC, int(done), kind, request.cookie, request.offset,
+                len(payload),
+            )  # fmt: skip
+        else:
+            self.sent += STRUCTURED_REPLY.pack(
+                NBD_STRUCTURED_REPLY_MAGIC, int(done), kind, request.cookie, len(payload)
+            )
         self.sent += payload
         return self
 
@@ -100,7 +113,7 @@ def content(request: InFlight) -> bytes:
 def test_replies_in_any_order_and_pieces_are_put_together(data: st.DataObject) -> None:
     """Reads in chunks that are shuffled among each other, cut anywhere: all bytes arrive."""
     rng = random.Random(data.draw(st.integers(0, 2**32)))
-    server = Server()
+    server = Server(extended=rng.random() < 0.5)
     expected, chunks = [], []
     for _ in range(rng.randrange(1, 5)):
         length = rng.choice((1, 7, 512, 5000, 70_000))
@@ -178,6 +191,14 @@ def test_block_status_is_read() -> None:
     assert status.extents == [(512, 3), (8, 0)]
 
 
+def test_block_status_of_64_bits_is_read() -> None:
+    server = Server(extended=True)
+    status = server.asked(STATUS, 0, 1 << 40)
+    payload = struct.pack(">IIQQQQ", CONTEXT, 2, 5 << 33, 3, 8, 0)
+    server.chunk(status, EXTENTS_EXT, payload, done=True).parse()
+    assert status.extents == [(5 << 33, 3), (8, 0)]
+
+
 @pytest.mark.parametrize("arrived", [0, 27, 28, 40, 1027])
 def test_data_that_nobody_wants_any_more_is_dropped(arrived: int) -> None:
     """The view belongs to somebody else from `give_up` on, and what follows is still found."""
@@ -201,6 +222,32 @@ def test_data_that_nobody_wants_any_more_is_dropped(arrived: int) -> None:
 def chunk_of(command: Command, kind: int, payload: bytes, *, done: bool = True) -> Server:
     server = Server()
     return server.chunk(server.asked(command, 1024, 512), kind, payload, done=done)
+
+
+def extended(command: Command, kind: int, payload: bytes) -> Server:
+    server = Server(extended=True)
+    return server.chunk(server.asked(command, 1024, 512), kind, payload, done=True)
+
+
+def extended_length(length: int) -> Server:
+    server = extended(READ, DATA, b"")
+    server.sent = server.sent[:-8] + struct.pack(">Q", length + 8)
+    return server
+
+
+def extended_elsewhere() -> Server:
+    server = extended(WRITE, NONE, b"")
+    server.requests[1].offset += 1
+    return server
+
+
+def not_extended(*, simple: bool) -> Server:
+    server = Server(extended=True)
+    request = server.asked(WRITE, 0, 1)
+    if simple:
+        return server.simple(request)
+    server.extended = False
+    return server.chunk(request, NONE, done=True)
 
 
 def twice() -> Server:
@@ -270,6 +317,25 @@ LIES: dict[str, tuple[str, Callable[[], Server]]] = {
     "status-none": ("of 4 bytes", lambda: chunk_of(STATUS, EXTENTS, struct.pack(">I", 7))),
     "status-ragged": ("of 13 bytes", lambda: chunk_of(STATUS, EXTENTS, bytes(13))),
     "status-missing": ("without a status", lambda: chunk_of(STATUS, NONE, b"")),
+    "ext-simple": ("bad magic number", lambda: not_extended(simple=True)),
+    "ext-structured": ("bad magic number", lambda: not_extended(simple=False)),
+    "ext-offset": ("with offset 1024 for a WRITE", extended_elsewhere),
+    "ext-status-old": ("type 5", lambda: extended(STATUS, EXTENTS, bytes(12))),
+    "status-ext": ("type 6", lambda: chunk_of(STATUS, EXTENTS_EXT, bytes(24))),
+    "ext-status-count": (
+        "1 extents",
+        lambda: extended(STATUS, EXTENTS_EXT, struct.pack(">IIQQ", CONTEXT, 2, 512, 0)),
+    ),
+    "ext-status-none": ("of 8 bytes", lambda: extended(STATUS, EXTENTS_EXT, bytes(8))),
+    "ext-status-empty": (
+        "of no bytes",
+        lambda: extended(STATUS, EXTENTS_EXT, struct.pack(">IIQQ", CONTEXT, 1, 0, 0)),
+    ),
+    "ext-status-bits": (
+        "a state of more than 32 bits",
+        lambda: extended(STATUS, EXTENTS_EXT, struct.pack(">IIQQ", CONTEXT, 1, 512, 1 << 32)),
+    ),
+    "ext-huge": ("9223372036854775816 bytes", lambda: extended_length(1 << 63)),
     "error-short": ("an error in 5 bytes", lambda: chunk_of(READ, ERROR, bytes(5))),
     "error-zero": ("error 0", lambda: chunk_of(READ, ERROR, bytes(6))),
     "error-long": (
@@ -293,18 +359,19 @@ def test_a_lie_is_a_violation_that_says_which(lie: str) -> None:
 def test_any_bytes_are_replies_or_a_violation(data: st.DataObject) -> None:
     """Mutated streams: nothing but ProtocolViolation is raised, and views keep their length."""
     rng = random.Random(data.draw(st.integers(0, 2**32)))
-    server = Server(structured=rng.random() < 0.8)
+    server = Server(structured=rng.random() < 0.8, extended=rng.random() < 0.3)
     requests = [
         server.asked(command, 4096 * index, 512)
         for index, command in enumerate(rng.choices((READ, WRITE, STATUS), k=4))
     ]
     for request in requests:
-        kind = rng.choice((DATA, HOLE, NONE, ERROR, EXTENTS, rng.randrange(1 << 16)))
+        kind = rng.choice((DATA, HOLE, NONE, ERROR, EXTENTS, EXTENTS_EXT, rng.randrange(1 << 16)))
         payload = rng.choice(
             (
                 data_at(request.offset, bytes(rng.choice((1, 512)))),
                 struct.pack(">QI", request.offset, 512),
                 struct.pack(">III", CONTEXT, 512, 0),
+                struct.pack(">IIQQ", CONTEXT, 1, 512, 0),
                 rng.randbytes(rng.randrange(30)),
             )
         )
