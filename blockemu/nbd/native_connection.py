@@ -21,11 +21,13 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from blockemu.drivers.nbd.protocol import NbdError, error_of_errno
+from blockemu.drivers.nbd.protocol import error_of_errno
 from blockemu.loop.buffers import Buffer
 from blockemu.nbd._transmission import ffi, lib
+from blockemu.nbd.commands import READ, WITH_DATA, check
 from blockemu.nbd.connection import BaseConnection, State
-from blockemu.nbd.request import READ, WITH_DATA, Request, check
+from blockemu.nbd.reply_style import Failure
+from blockemu.nbd.request import Request
 
 if TYPE_CHECKING:
     import socket
@@ -188,12 +190,12 @@ class NativeConnection(BaseConnection):
         fault = self._fault
         lib.nbd_describe(native, fault)
         command, flags, offset, length = fault.command, fault.flags, fault.offset, fault.length
-        error = check(self.export, self.limits, command, flags, offset=offset, length=length)
-        if fault.error and not error:
-            error = error_of_errno(fault.error)
-        if error:
-            self.count(command, 0, error, 0)
-            lib.nbd_finish(native, error)
+        failure = check(self.session, self.limits, command, flags, offset=offset, length=length)
+        if fault.error and failure is None:
+            failure = Failure(error_of_errno(fault.error), os.strerror(fault.error))
+        if failure is not None:
+            self.count(command, 0, failure.error, 0)
+            lib.nbd_finish(native, failure.error)
             return
         assert not fault.dropped, "a payload that check() finds nothing wrong with was dropped"
         request = self.done_with.pop() if self.done_with else NativeRequest(self)
@@ -202,7 +204,7 @@ class NativeConnection(BaseConnection):
         request.started_ns = self.ctx.now_ns()
         request.native = native
         address = fault.address
-        assert address or not request.bytes_held, "no memory for its data"
+        assert address or not length or command not in WITH_DATA, "no memory for its data"
         if address:
             request.buffer = BorrowedMemory(address, length)
         if flags or fault.retry or not address or not self._start_by_map(request):
@@ -228,12 +230,13 @@ class NativeConnection(BaseConnection):
             return True
         if result != request.length:
             return False
-        self.finish_request(request, NbdError.NBD_SUCCESS)
+        self.finish_request(request, None)
         self.done_with.append(request)
         return True
 
-    def finish_request(self, request: Request, error: NbdError) -> None:
+    def finish_request(self, request: Request, failure: Failure | None) -> None:
         assert isinstance(request, NativeRequest)
+        error = 0 if failure is None else int(failure.error)
         request.buffer = None
         native, request.native = request.native, None
         if self._state is not State.CLOSED:

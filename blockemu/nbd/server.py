@@ -193,11 +193,12 @@ def make_connection(
     on_closed: Callable[[], None],
     peer: str = "",
 ) -> BaseConnection:
-    """A connection in transmission: C moves its data where the export's context has a native poll.
+    """A connection in transmission: C moves its data where the export's context has a native poll
+    and replies are simple.
 
     Context: any thread; then have the home thread call `start`.
     """
-    if session.export.backend.ctx.native is None:
+    if session.export.backend.ctx.native is None or session.style.structured:
         return Connection(sock, session, limits=limits, on_closed=on_closed, peer=peer)
     # Here, since without a native poll the extension isn't needed.
     from blockemu.nbd.native_connection import NativeConnection
