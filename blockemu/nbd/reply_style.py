@@ -111,6 +111,10 @@ class ReplyStyle:
         """The reply to a request that went well and has no data."""
         return SIMPLE_REPLY_OK + cookie
 
+    def nothing_read(self, cookie: bytes, offset: int) -> bytes:
+        """The reply to a READ of no bytes, which went well."""
+        return self.success(cookie, offset)
+
     def failure(self, cookie: bytes, offset: int, failure: Failure) -> bytes:
         """The reply, or the last part of one, to a request that went wrong."""
         return SIMPLE_REPLY.pack(NBD_SIMPLE_REPLY_MAGIC, failure.error, cookie)
@@ -124,6 +128,9 @@ class StructuredStyle(ReplyStyle):
 
     def read_head(self, cookie: bytes, offset: int, length: int) -> bytes:
         return _STRUCTURED_DATA.pack(_STRUCTURED_DATA_DONE, cookie, length + 8, offset)
+
+    def nothing_read(self, cookie: bytes, offset: int) -> bytes:
+        return self.none(cookie, offset)
 
     def failure(self, cookie: bytes, offset: int, failure: Failure) -> bytes:
         text = _clipped(failure.text)

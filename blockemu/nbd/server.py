@@ -193,12 +193,11 @@ def make_connection(
     on_closed: Callable[[], None],
     peer: str = "",
 ) -> BaseConnection:
-    """A connection in transmission: C moves its data where the export's context has a native poll
-    and replies are simple.
+    """A connection in transmission: C moves its data where the export's context has a native poll.
 
     Context: any thread; then have the home thread call `start`.
     """
-    if session.export.backend.ctx.native is None or session.style.structured:
+    if session.export.backend.ctx.native is None:
         return Connection(sock, session, limits=limits, on_closed=on_closed, peer=peer)
     # Here, since without a native poll the extension isn't needed.
     from blockemu.nbd.native_connection import NativeConnection
