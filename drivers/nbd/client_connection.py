@@ -47,6 +47,7 @@ FILLS_PER_ROUND: Final = 16
 """Reads of the socket in one round of the loop, after which others have their turn."""
 
 
+_REQ_ONE: Final = int(CommandFlag.NBD_CMD_FLAG_REQ_ONE)
 _PAYLOAD_LEN: Final = int(CommandFlag.NBD_CMD_FLAG_PAYLOAD_LEN)
 
 
@@ -166,6 +167,8 @@ class ClientConnection:
         request = InFlight(
             cookie, command, offset=offset, length=length, view=view if is_read else None
         )
+        if flags & _REQ_ONE:
+            request.extents_max = 1
         self._in_flight[cookie] = request
         has_payload = view is not None and not is_read
         self._out.append(

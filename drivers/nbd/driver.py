@@ -15,14 +15,15 @@ from blockemu.drivers.nbd.connector import Connector
 from blockemu.drivers.nbd.link import NbdLink
 from blockemu.drivers.nbd.protocol import (
     STRING_LENGTH_MAX,
-    AllocationState,
     Command,
     CommandFlag,
     TransmissionFlag,
 )
+from blockemu.drivers.nbd.remote_status import EXTENDED_BYTES_MAX, RemoteStatus
 from blockemu.drivers.node import BlockDriverState
 from blockemu.drivers.options import take_number, take_str
 from blockemu.drivers.registry import Opener
+from blockemu.drivers.status_runs import ALLOCATED, DATA, ZERO, StatusRuns
 from blockemu.drivers.zeroes import fill_zeroes
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.sync import gather
@@ -35,8 +36,8 @@ CONNECTIONS_MAX: Final = 16
 TRIM_BYTES_MAX: Final = 1 << 30
 """Of one TRIM where headers have 32 bits."""
 
-EXTENDED_BYTES_MAX: Final = 1 << 62
-"""Of one TRIM, WRITE_ZEROES or BLOCK_STATUS where headers have 64 bits: no bound in practice."""
+FEW_RUNS: Final = 4
+"""Who wants no more of a block status than this gets one run, which costs the server least."""
 
 PIECES_AT_ONCE: Final = 8
 """Of one request that is more than the server takes at once."""
@@ -58,6 +59,7 @@ class NbdDriver(BlockDriver):
     def __init__(self, node: BlockDriverState, link: NbdLink) -> None:
         super().__init__(node)
         self._link = link
+        self._status = RemoteStatus(link)
 
     @classmethod
     async def open(cls, node: BlockDriverState, options: dict[str, Any], opener: Opener) -> Self:
@@ -165,36 +167,19 @@ class NbdDriver(BlockDriver):
             await self._link.request(Command.NBD_CMD_FLUSH, 0, 0, 0)
 
     async def block_status(self, offset: int, length: int) -> BlockStatus:
-        facts = self._link.facts
-        if offset >= facts.length:
-            return BlockStatus(length, data=False, zero=True)
-        length = min(length, facts.length - offset)
-        if facts.context is None:
-            return self._status(offset, length, AllocationState(0))
-        mask = facts.block_min - 1
-        start = offset & ~mask
-        bytes_max = EXTENDED_BYTES_MAX if facts.extended else U32_MAX & ~mask
-        end = min((offset + length + mask) & ~mask, start + bytes_max)
-        answer = await self._link.request(
-            Command.NBD_CMD_BLOCK_STATUS, CommandFlag.NBD_CMD_FLAG_REQ_ONE, start, end - start
-        )
-        extent_bytes, state = answer.extents[0]
-        count = min(start + (extent_bytes & ~mask), offset + length) - offset
-        if count <= 0:  # the server thinks in smaller steps than it lets us: part of it is data
-            return self._status(offset, min(length, mask + 1), AllocationState(0))
-        return self._status(offset, count, AllocationState(state))
-
-    def _status(self, offset: int, length: int, state: AllocationState) -> BlockStatus:
-        data = not state & AllocationState.NBD_STATE_HOLE
-        zero = bool(state & AllocationState.NBD_STATE_ZERO)
+        runs = await self._status.ask(offset, length, only_one=True)
+        state = runs.states[0]
         return BlockStatus(
-            length,
-            data=data,
-            zero=zero,
-            allocated=data or zero,
-            host_offset=offset,
+            runs.lengths[0],
+            data=bool(state & DATA),
+            zero=bool(state & ZERO),
+            allocated=bool(state & ALLOCATED),
+            host_offset=offset if offset < self.length_bytes else None,
             file=self.node.filename,
         )
+
+    async def status_runs(self, offset: int, length: int, *, runs_max: int) -> StatusRuns:
+        return await self._status.ask(offset, length, only_one=runs_max <= FEW_RUNS)
 
     async def truncate(self, length: int, *, preallocation: str = "off") -> None:
         """An export has its size from its server, where it may have grown since we asked; it can

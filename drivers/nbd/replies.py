@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import struct
 from bisect import bisect
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from blockemu.drivers.errors import io_error
@@ -46,6 +47,13 @@ _ERROR_TYPES: Final = 1 << 15
 U32_MAX: Final = 2**32 - 1
 
 
+STATUS_BYTES_MAX: Final = 16 * ((1 << 20) + 1)
+"""Of a block status: the document has servers send no more than 2^20 extents."""
+
+EXTENTS_MAX: Final = 16384
+"""Of those, what a request without REQ_ONE takes; who wants more asks again."""
+
+
 class ProtocolViolation(Exception):
     """The server broke a rule of the protocol: `str()` says which."""
 
@@ -54,8 +62,8 @@ class InFlight:
     """A request that awaits its reply. `extents`: what BLOCK_STATUS brought, (length, state)."""
 
     __slots__ = (
-        "chunks", "command", "cookie", "done", "error", "extents", "length", "offset", "pieces",
-        "view",
+        "chunks", "command", "cookie", "done", "error", "extents", "extents_max", "length",
+        "offset", "pieces", "view",
     )  # fmt: skip
 
     def __init__(
@@ -69,6 +77,7 @@ class InFlight:
         """Where a READ's data belongs; None when nobody wants it any more."""
         self.error: OSError | None = None
         self.extents: list[tuple[int, int]] = []
+        self.extents_max = EXTENTS_MAX
         self.chunks = 0
         self.pieces: list[tuple[int, int]] = []
         """What of a READ has arrived: (start, end) in the request, sorted, none touching."""
@@ -126,6 +135,7 @@ class ReplyParser:
         )
         self._arriving: InFlight | None = None
         self._ends_with_payload = False
+        self._status: bytearray | None = None
 
     def fill(self, sock: StreamSocket) -> bool:
         """Receive once; False at the end of the stream. Raises: OSError, BlockingIOError."""
@@ -139,12 +149,13 @@ class ReplyParser:
     def give_up(self, request: InFlight) -> None:
         """Nobody waits for `request` any more, and its view is somebody else's."""
         request.view = None
-        if self._arriving is request:
+        if self._arriving is request and self._status is None:
             self.received.stop_expecting()
 
     def release(self) -> None:
         """The connection is over."""
         self._arriving = None
+        self._status = None
         self.received.release()
 
     # --- one message ---
@@ -156,6 +167,9 @@ class ReplyParser:
             if received.expecting or received.discard_left:
                 return False
             request, self._arriving = self._arriving, None
+            if self._status is not None:
+                payload, self._status = bytes(self._status), None
+                self._status_chunk(request, payload)
             if self._ends_with_payload:
                 self._finish(request)
         available = received.end - received.start
@@ -237,11 +251,12 @@ class ReplyParser:
         received = self.received
         last = bool(flags & NBD_REPLY_FLAG_DONE)
         is_data = kind == ChunkType.NBD_REPLY_TYPE_OFFSET_DATA
-        if not is_data and length > WAIT_BYTES_MAX:
+        is_long = length > WAIT_BYTES_MAX and not is_data
+        if is_long and (kind != self._status_kind or length > STATUS_BYTES_MAX):
             raise ProtocolViolation(f"sent a chunk of type {kind} with {length} bytes")
         if is_data and not _OFFSET.size < length <= _OFFSET.size + request.length:
             raise ProtocolViolation(f"sent {length} bytes in a data chunk for a {request}")
-        if available < head + (_OFFSET.size if is_data else length):
+        if available < head + (_OFFSET.size if is_data else 0 if is_long else length):
             return False
         request.chunks += 1
         if request.chunks > CHUNKS_MAX:
@@ -250,12 +265,23 @@ class ReplyParser:
         if is_data:
             self._data_chunk(request, length - _OFFSET.size, last=last)
             return True
+        if is_long:
+            self._long_status(request, length, last=last)
+            return True
         payload = bytes(received.data[received.start : received.start + length])
         received.start += length
         self._small_chunk(request, kind, payload, last=last)
         if last:
             self._finish(request)
         return True
+
+    def _long_status(self, request: InFlight, length: int, *, last: bool) -> None:
+        """The next `length` bytes are a block status, and too many to wait for them here."""
+        if request.command != Command.NBD_CMD_BLOCK_STATUS:
+            raise ProtocolViolation(f"sent a block status for a {request}")
+        self._arriving, self._ends_with_payload = request, last
+        self._status = bytearray(length)
+        self.received.expect(memoryview(self._status))
 
     def _data_chunk(self, request: InFlight, length: int, *, last: bool) -> None:
         (offset,) = _OFFSET.unpack_from(self.received.data, self.received.start)
@@ -307,7 +333,8 @@ class ReplyParser:
         context = int.from_bytes(payload[:4], "big")
         if context != self._context or request.extents:
             raise ProtocolViolation(f"sent a block status of context {context}, not asked for")
-        request.extents = list(extent.iter_unpack(payload[head:]))
+        taken = islice(extent.iter_unpack(memoryview(payload)[head:]), request.extents_max)
+        request.extents = list(taken)
         if not all(length for length, _ in request.extents):
             raise ProtocolViolation("sent a block status of no bytes")
         if any(state > U32_MAX for _, state in request.extents):

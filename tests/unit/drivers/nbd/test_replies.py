@@ -22,7 +22,14 @@ from blockemu.drivers.nbd.protocol import (
     ChunkType,
     Command,
 )
-from blockemu.drivers.nbd.replies import CHUNKS_MAX, InFlight, ProtocolViolation, ReplyParser
+from blockemu.drivers.nbd.replies import (
+    CHUNKS_MAX,
+    EXTENTS_MAX,
+    STATUS_BYTES_MAX,
+    InFlight,
+    ProtocolViolation,
+    ReplyParser,
+)
 
 CONTEXT = 7
 READ, WRITE, STATUS = Command.NBD_CMD_READ, Command.NBD_CMD_WRITE, Command.NBD_CMD_BLOCK_STATUS
@@ -191,6 +198,24 @@ def test_block_status_is_read() -> None:
     assert status.extents == [(512, 3), (8, 0)]
 
 
+@pytest.mark.parametrize("is_extended", [False, True])
+def test_a_long_block_status_is_read_as_far_as_it_is_wanted(is_extended: bool) -> None:
+    """Of a hundred thousand extents, those that there is room for; what follows is still found."""
+    server = Server(extended=is_extended)
+    many, one, other = (server.asked(STATUS, 0, 1 << 30) for _ in range(3))
+    one.extents_max = 1
+    head = struct.pack(">I", CONTEXT) + (struct.pack(">I", 100_000) if is_extended else b"")
+    extents = struct.pack(">QQQQ" if is_extended else ">IIII", 512, 3, 1024, 0) * 50_000
+    kind = EXTENTS_EXT if is_extended else EXTENTS
+    for request in (many, one, other):
+        server.chunk(request, kind, head + extents, done=request is not many)
+    server.chunk(many, NONE, done=True)
+    server.parse(lambda: 50_001)
+    assert many.extents == [(512, 3), (1024, 0)] * (EXTENTS_MAX // 2)
+    assert one.extents == [(512, 3)]
+    assert not server.requests
+
+
 def test_block_status_of_64_bits_is_read() -> None:
     server = Server(extended=True)
     status = server.asked(STATUS, 0, 1 << 40)
@@ -344,6 +369,11 @@ LIES: dict[str, tuple[str, Callable[[], Server]]] = {
     ),
     "type": ("type 77", lambda: chunk_of(READ, 77, b"")),
     "type-huge": ("65537 bytes", lambda: chunk_of(READ, ERROR, bytes(65537))),
+    "status-huge": (
+        "type 5 with 16777233 bytes",
+        lambda: chunk_of(STATUS, EXTENTS, bytes(STATUS_BYTES_MAX + 1)),
+    ),
+    "status-long": ("block status for a READ", lambda: chunk_of(READ, EXTENTS, bytes(70_000))),
     "many-chunks": ("more than 65536 chunks", many_chunks),
 }
 
