@@ -174,7 +174,7 @@ class NbdDriver(BlockDriver):
             data=bool(state & DATA),
             zero=bool(state & ZERO),
             allocated=bool(state & ALLOCATED),
-            host_offset=offset if offset < self.length_bytes else None,
+            host_offset=offset if state & ALLOCATED and offset < self.length_bytes else None,
             file=self.node.filename,
         )
 
