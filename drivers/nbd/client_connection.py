@@ -140,7 +140,10 @@ class ClientConnection:
         """
         self.load += 1
         try:
-            async with self._room:
+            room = self._room
+            if not room.try_acquire():
+                await room.acquire()
+            try:
                 lost = self._lost
                 if lost is not None:
                     raise ConnectionLost(lost.reason, final=lost.final, unsent=True)
@@ -150,13 +153,15 @@ class ClientConnection:
                 except Cancelled:
                     self._give_up(request, view)
                     raise
-                if request.error is not None:
-                    raise request.error
-                return request
+            finally:
+                room.release()
         finally:
             self.load -= 1
             if self._leaving and not self.load:
                 self.close()
+        if request.error is not None:
+            raise request.error
+        return request
 
     def _begin(
         self, command: Command, flags: int, offset: int, length: int, view: memoryview | None

@@ -90,6 +90,9 @@ class InFlight:
     def cover(self, start: int, length: int) -> bool:
         """Take note that these bytes of a READ are there; False when some were there already."""
         end, pieces = start + length, self.pieces
+        if not pieces:
+            pieces.append((start, end))
+            return True
         index = bisect(pieces, (start, end))
         if index and pieces[index - 1][1] > start:
             return False
@@ -105,7 +108,8 @@ class InFlight:
 
     def is_whole(self) -> bool:
         """Whether all bytes of a READ are there."""
-        return self.pieces == [(0, self.length)]
+        pieces = self.pieces
+        return len(pieces) == 1 and pieces[0] == (0, self.length)
 
 
 class ReplyParser:
