@@ -67,8 +67,17 @@ _REFUSALS = {
 }
 
 
+_MAY_PASS = (Reply.NBD_REP_ERR_UNKNOWN, Reply.NBD_REP_ERR_POLICY, Reply.NBD_REP_ERR_SHUTDOWN)
+"""Refusals of a server that is being stopped, or was started and hasn't all its exports yet."""
+
+
 class RefusedError(NegotiationError):
-    """The server answered with an error of its own: trying again won't help."""
+    """The server answered with an error of its own. `may_pass`: it may be another answer soon;
+    otherwise trying again won't help."""
+
+    def __init__(self, reason: str, *, may_pass: bool = False) -> None:
+        super().__init__(reason)
+        self.may_pass = may_pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,7 +238,7 @@ class _Negotiation:
             if kind == Reply.NBD_REP_ERR_UNSUP:
                 return None
             if kind & _ERROR_BIT:
-                raise RefusedError(_refusal(kind, data))
+                raise _refused(kind, data)
             if kind != Reply.NBD_REP_INFO or len(data) < 2:
                 raise NegotiationError(f"server answers GO with reply type {kind:#x}")
             info = int.from_bytes(data[:2], "big")
@@ -305,7 +314,11 @@ def _fields(layout: struct.Struct, data: bytes) -> tuple[int, ...]:
 def _refuse_if_final(kind: int, data: bytes) -> None:
     """Raises: RefusedError, where asking for anything else is in vain."""
     if kind in (Reply.NBD_REP_ERR_TLS_REQD, Reply.NBD_REP_ERR_SHUTDOWN):
-        raise RefusedError(_refusal(kind, data))
+        raise _refused(kind, data)
+
+
+def _refused(kind: int, data: bytes) -> RefusedError:
+    return RefusedError(_refusal(kind, data), may_pass=kind in _MAY_PASS)
 
 
 def _refusal(kind: int, data: bytes) -> str:

@@ -79,6 +79,8 @@ class NbdLink:
         self._facts: ExportFacts | None = None
         self._given_up: str | None = None
         self._lost_why = ""
+        self._failed_why = ""
+        """The last attempt since then."""
         self._waiting_ends_ns = 0
         self._trying: Task[None] | None = None
         self._changed = WaitQueue()
@@ -109,7 +111,7 @@ class NbdLink:
                 break
             except (OSError, NegotiationError) as error:
                 left_ns = deadline_ns - self._ctx.now_ns()
-                if left_ns <= 0 or isinstance(error, RefusedError):
+                if left_ns <= 0 or _is_final(error):
                     raise ImageError(self.name, reason_of(error)) from error
             await sleep_ns(min(pause_ns, left_ns))
             pause_ns = min(pause_ns * 2, LAST_PAUSE_NS)
@@ -193,7 +195,9 @@ class NbdLink:
                 raise io_error(errno.EIO, f"{self.name}: {self._given_up}")
             self._try_for_more()
             if self._ctx.now_ns() >= self._waiting_ends_ns:
-                raise io_error(errno.EIO, f"{self.name}: {self._lost_why}, and no new connection")
+                why = f": {self._failed_why}" if self._failed_why else ""
+                reason = f"{self._lost_why}, and no new connection{why}"
+                raise io_error(errno.EIO, f"{self.name}: {reason}")
             timer = self._ctx.new_timer(self._changed.wake_all)
             timer.arm(self._waiting_ends_ns)
             try:
@@ -215,7 +219,7 @@ class NbdLink:
             self.give_up(why)
             return
         if not self._live:
-            self._lost_why = why
+            self._lost_why, self._failed_why = why, ""
             self._waiting_ends_ns = self._ctx.now_ns() + self._reconnect_delay_ns
         self._try_for_more()
         self._changed.wake_all()
@@ -239,12 +243,13 @@ class NbdLink:
         while len(self._live) < self._wanted():
             try:
                 connected = await self._attempt()
-            except RefusedError as error:
-                if not self._live:
-                    self._given_up = f"{self._lost_why}; then: {error}"
-                log.warning("%s: no more connections: %s", self.name, error)
-                break
             except (OSError, NegotiationError) as error:
+                self._failed_why = reason_of(error)
+                if _is_final(error):
+                    if not self._live:
+                        self._given_up = f"{self._lost_why}; then: {error}"
+                    log.warning("%s: no more connections: %s", self.name, error)
+                    break
                 log.info("%s: no new connection yet: %s", self.name, reason_of(error))
                 await sleep_ns(pause_ns)
                 pause_ns = min(pause_ns * 2, LAST_PAUSE_NS)
@@ -316,6 +321,11 @@ class NbdLink:
         for connection in self._live:
             connection.close()
         self._live.clear()
+
+
+def _is_final(error: OSError | NegotiationError) -> bool:
+    """Whether trying again is in vain."""
+    return isinstance(error, RefusedError) and not error.may_pass
 
 
 def _load(connection: ClientConnection) -> int:

@@ -277,7 +277,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "payload": ({}, {"infos": block_sizes(512, 1 << 16)}, "block sizes are others than before"),
     "no-flush": ({}, {"flags": 0x61}, "has no flush any more"),
     "no-status": ({"structured": True}, {}, "doesn't tell block status any more"),
-    "gone": ({}, {"refusal": Reply.NBD_REP_ERR_UNKNOWN}, "has no such export"),
+    "tls": ({}, {"refusal": Reply.NBD_REP_ERR_TLS_REQD}, "wants TLS"),
 }
 
 
@@ -300,6 +300,57 @@ def test_an_export_that_has_changed_is_given_up(
             with pytest.raises(OSError, match=reason):
                 read(ctx, node, 0, 512)
         assert server.clients == 2
+
+
+@pytest.mark.parametrize(
+    ("refusal", "reason"),
+    [
+        (
+            Reply.NBD_REP_ERR_UNKNOWN,
+            "hung up, and no new connection: the server has no such export",
+        ),
+        (Reply.NBD_REP_ERR_SHUTDOWN, "and no new connection: the server is shutting down"),
+    ],
+)
+def test_an_export_that_is_gone_may_come_back(
+    ctx: AioContext, opener: Opener, tmp_path: Path, refusal: Reply, reason: str
+) -> None:
+    """Requests wait for it as long as for a server that is gone; it is asked again and again."""
+
+    def serve(client: Client) -> None:
+        if server.clients == 1:
+            client.negotiate()
+            client.request()
+        elif server.clients < 5:
+            client.negotiate(refusal=refusal)
+        else:
+            good([])(client)
+
+    with (
+        ScriptedNbd(tmp_path / "s", serve) as server,
+        opened(ctx, opener, tmp_path / "s", **{"reconnect-delay": 1}) as node,
+    ):
+        link = node.driver._link  # type: ignore[attr-defined]
+        link._reconnect_delay_ns = 150_000_000  # the first attempt comes after 100 ms
+        with pytest.raises(OSError, match=reason):
+            read(ctx, node, 0, 512)
+        while not link.connections:
+            ctx.poll(blocking=True)
+        assert read(ctx, node, 0, 512) == bytes(512)
+        assert server.clients == 5
+
+
+def test_opening_waits_for_an_export_too(ctx: AioContext, opener: Opener, tmp_path: Path) -> None:
+    def serve(client: Client) -> None:
+        if server.clients < 3:
+            client.negotiate(refusal=Reply.NBD_REP_ERR_UNKNOWN)
+        else:
+            good([])(client)
+
+    with ScriptedNbd(tmp_path / "s", serve) as server:
+        with opened(ctx, opener, tmp_path / "s", **{"open-timeout": 30}) as node:
+            assert read(ctx, node, 0, 512) == bytes(512)
+        assert server.clients == 3
 
 
 def test_an_export_that_has_grown_is_taken_as_it_is(
