@@ -32,6 +32,17 @@ QUEUE_FULL_PAUSE_NS = 10_000_000
 """Until a unix server whose queue of new connections is full is asked again."""
 
 
+KEEP_ALIVE_IDLE_S = 30
+"""Without a word from the peer, until its kernel is asked whether it is there."""
+
+KEEP_ALIVE_PROBE_S = 10
+KEEP_ALIVE_PROBES = 3
+"""Asked so often, with so much time between; then it is gone."""
+
+GONE_MS = (KEEP_ALIVE_IDLE_S + KEEP_ALIVE_PROBE_S * KEEP_ALIVE_PROBES) * 1000
+"""The same bound for data that the peer's kernel doesn't acknowledge; TCP's own is 15 minutes."""
+
+
 async def connect_unix(path: str) -> StreamSocket:
     """Connect to the unix socket at `path`.
 
@@ -44,17 +55,25 @@ async def connect_unix(path: str) -> StreamSocket:
 
 
 async def connect_tcp(
-    host: str, port: int, *, family: socket.AddressFamily = socket.AF_UNSPEC
+    host: str, port: int, *, ipv4: bool = True, ipv6: bool = True, keep_alive: bool = False
 ) -> StreamSocket:
-    """Connect to `port` of `host`, a name or an address of IPv4 or IPv6, or only of `family`.
+    """Connect to `port` of `host`, a name or an address, of IPv4 or IPv6 where these may be.
+
+    `keep_alive`: have the kernel end the connection when the peer's host is gone.
 
     Context: a task. Suspends: until a connection is made, or none could be.
     Raises: OSError, that of the last address that was tried.
     """
     last: OSError | None = None
+    family = socket.AF_UNSPEC
+    if ipv4 != ipv6:
+        family = socket.AF_INET if ipv4 else socket.AF_INET6
     for of, kind, protocol, address in await _addresses(host, port, family):
         try:
-            return await _connect(of, kind, protocol, address)
+            sock = await _connect(of, kind, protocol, address)
+            if keep_alive:
+                _keep_alive(sock)
+            return sock
         except OSError as error:
             last = error
     raise last or OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
@@ -85,6 +104,20 @@ def adopt_stream(fd: int) -> StreamSocket:
         sock.close()
         raise
     return sock
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    """A peer that died with its process is told of by its kernel, at once. One whose host lost
+    power, or whose cable was pulled, is silent, and a request to it would wait for good. One that
+    lives, and takes long, isn't noticed by this: a disk below it may be slow."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_KEEPIDLE, KEEP_ALIVE_IDLE_S),
+        (socket.TCP_KEEPINTVL, KEEP_ALIVE_PROBE_S),
+        (socket.TCP_KEEPCNT, KEEP_ALIVE_PROBES),
+        (socket.TCP_USER_TIMEOUT, GONE_MS),
+    ):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 async def _addresses(

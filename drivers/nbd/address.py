@@ -9,7 +9,6 @@ them: `nbd://host[:port][/export]`, `nbd+tcp://...`, `nbd+unix:///[export]?socke
 from __future__ import annotations
 
 import re
-import socket
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
@@ -39,8 +38,8 @@ class NbdAddress:
     """`path` of a unix socket, or `cid` (vsock) and `port`, or a connected socket `fd`, or `host`
     and `port`; and the export's name there.
 
-    `family`: the only one of IPv4 and IPv6 to be tried. `keep_alive`: end a TCP connection whose
-    peer's host is gone.
+    `ipv4`, `ipv6`: the kinds of addresses that may be tried. `keep_alive`: end a TCP connection
+    whose peer's host is gone.
     """
 
     path: str | None = None
@@ -48,7 +47,8 @@ class NbdAddress:
     fd: int | None = None
     host: str = ""
     port: int = DEFAULT_PORT
-    family: socket.AddressFamily = socket.AF_UNSPEC
+    ipv4: bool = True
+    ipv6: bool = True
     keep_alive: bool = True
     export: str = ""
 
@@ -168,12 +168,11 @@ def _take_inet(name: str, server: dict[str, Any], export: str) -> NbdAddress:
     )
     if not ipv4 and not ipv6:
         raise ImageError(name, "options 'server.ipv4' and 'server.ipv6' leave no address")
-    family = socket.AF_UNSPEC
-    if ipv4 != ipv6:
-        family = socket.AF_INET if ipv4 else socket.AF_INET6
     keep_alive = take_bool(name, server, "server.keep-alive", default=True)
     port = take_number(name, server, "server.port", lowest=1, highest=65535, default=DEFAULT_PORT)
-    return NbdAddress(host=host, port=port, family=family, keep_alive=keep_alive, export=export)
+    return NbdAddress(
+        host=host, port=port, ipv4=ipv4, ipv6=ipv6, keep_alive=keep_alive, export=export
+    )
 
 
 def _take_vsock(name: str, server: dict[str, Any], export: str) -> NbdAddress:

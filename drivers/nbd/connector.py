@@ -22,7 +22,6 @@ from blockemu.drivers.nbd.negotiation_stream import NegotiationError, Negotiatio
 from blockemu.drivers.nbd.protocol import TransmissionFlag
 from blockemu.loop.coroutine import Cancelled, settled
 from blockemu.loop.current import running_context
-from blockemu.loop.keep_alive import keep_alive
 from blockemu.loop.stream_socket import (
     adopt_stream,
     connect_tcp,
@@ -104,14 +103,11 @@ class Connector:
 
     async def _connect_socket(self) -> StreamSocket:
         try:
-            sock = await self._open_socket()
+            return await self._open_socket()
         except OSError as error:
             said = error.strerror or os.strerror(error.errno or errno.EIO)
             reason = f"connecting to {self._address.server} failed: {said}"
             raise OSError(error.errno, reason) from error
-        if self._address.keep_alive:
-            keep_alive(sock)
-        return sock
 
     async def _open_socket(self) -> StreamSocket:
         address = self._address
@@ -120,7 +116,10 @@ class Connector:
         if address.cid is not None:
             return await connect_vsock(address.cid, address.port)
         if address.fd is None:
-            return await connect_tcp(address.host, address.port, family=address.family)
+            return await connect_tcp(
+                address.host, address.port, ipv4=address.ipv4, ipv6=address.ipv6,
+                keep_alive=address.keep_alive,
+            )  # fmt: skip
         if self._fd_is_used:
             raise RefusedError("the socket that was handed over is used up, and there is no other")
         self._fd_is_used = True

@@ -572,3 +572,24 @@ def test_a_closed_port_is_one_line(ctx: AioContext, opener: Opener) -> None:
         with pytest.raises(ImageError) as caught:
             ctx.run(opener.open_image(uri, fmt=None, read_only=True, direct=False, aio="native"))
     assert str(caught.value) == f"{uri}: connecting to 127.0.0.1:{port} failed: Connection refused"
+
+
+def test_a_socket_that_was_handed_over_is_spoken_on_once(
+    ctx: AioContext, opener: Opener, tmp_path: Path
+) -> None:
+    """`server.type=fd`; lost, there is no other."""
+
+    def serve(client: Client) -> None:
+        client.negotiate()
+        _, _, cookie, _, length = client.request()
+        client.send(struct.pack(">II", 0x67446698, 0) + cookie + bytes(length))
+
+    with ScriptedNbd(tmp_path / "s", serve), socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(tmp_path / "s"))
+        server = {"type": "fd", "str": str(sock.fileno())}
+        options = {"driver": "nbd", "server": server, "reconnect-delay": 3600}
+        node = ctx.run(opener.open(options))
+        assert read(ctx, node, 0, 512) == bytes(512)
+        with pytest.raises(OSError, match="used up, and there is no other"):
+            read(ctx, node, 0, 512)
+        ctx.run(node.close())
