@@ -17,30 +17,31 @@ from __future__ import annotations
 import functools
 import logging
 import signal
-import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 
-from blockemu.config import DaemonConfig, ImageConfig, UnixAddress
+from blockemu.activation import adopt
+from blockemu.config import DaemonConfig, ImageConfig
 from blockemu.drivers.backend import BlockBackend
+from blockemu.drivers.child import Permission
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.metadata_budget import MetadataBudget
+from blockemu.drivers.node import BlockDriverState
 from blockemu.drivers.registry import Opener
-from blockemu.exports import Export, ExportTable
+from blockemu.export_control import ExportControl
+from blockemu.exports import Export, ExportSpec, ExportTable
 from blockemu.img.size import format_size
 from blockemu.limits import SECOND_NS
-from blockemu.listen import listen_tcp, listen_unix, remove_unix_path
+from blockemu.listen import listen_unix, remove_unix_path
 from blockemu.loop.aio_context import AioContext
-from blockemu.loop.coroutine import run_in_context
 from blockemu.loop.host_file import FileEngine, PosixFiles
 from blockemu.loop.iothread import IOThread
 from blockemu.loop.main_context import MainContext, MainLoop
 from blockemu.loop.signals import SignalWatcher
 from blockemu.loop.sync import Event
-from blockemu.nbd.server import NbdServer
+from blockemu.nbd_service import NbdService
 from blockemu.notify import Notify, no_notify
 from blockemu.qmp.server import QmpServer
-from blockemu.uri import tcp_uri, unix_uri
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +67,22 @@ class Daemon:
             metadata_budget=MetadataBudget(config.metadata_bytes_max),
             secrets=config.secrets,
         )
-        self.exports = ExportTable()
+        self.exports = ExportTable(default_name=config.default_export)
         self.iothreads: dict[str, IOThread] = {}
-        self.nbd = NbdServer(self.iohandler_ctx, self.exports, limits=config.limits)
+        self.nbd = NbdService(self.iohandler_ctx, self.exports)
+        self.export_control = ExportControl(
+            self.main_ctx,
+            self.exports,
+            disconnect=self.nbd.disconnect,
+            left_by_all=self.nbd.left_by_all,
+            on_deleted=self._export_deleted,
+        )
         self.control: QmpServer | None = None
         self._notify = notify
         self.port = 0
         """The TCP port that was given to us, once we listen."""
+        self._paths: dict[str, str] = {}
+        """Where the image of a node of ours lies, by the node's name."""
         self._stopping = Event()
         self._watcher: SignalWatcher | None = None
 
@@ -160,21 +170,57 @@ class Daemon:
     # --- start; each step says how it is undone ---
 
     async def _start(self, undo: AsyncExitStack) -> None:
-        for image in self.config.images:
-            await self._open_export(image, undo)
-        sockets = self._bind(undo)
-        undo.push_async_callback(run_in_context, self.iohandler_ctx, self.nbd.close)
-        for sock in sockets:
-            self.nbd.listen(sock)
-        if self.config.control_path is not None:
-            listener = listen_unix(self.config.control_path)
+        config = self.config
+        nodes = [await self._open_image(image, undo) for image in config.images]
+        undo.push_async_callback(self.export_control.close_all)
+        for image, node in zip(config.images, nodes, strict=True):
+            await self.add_export(node, image.export)
+            self._paths[node.node_name] = image.path
+        for alias in config.aliases:
+            other = self.exports.get(alias.of)
+            assert other is not None, alias
+            await self.add_export(other.backend.node, alias.spec)
+        self.nbd.start(
+            config.addresses,
+            config.limits,
+            listing=config.listing,
+            on_last_gone=self.stop if config.until_last_client else None,
+        )
+        undo.push_async_callback(self.nbd.stop)
+        self.port = next((found.port for found in self.nbd.listeners if found.port), 0)
+        self._listen_for_control(undo)
+
+    async def add_export(self, node: BlockDriverState, spec: ExportSpec) -> Export:
+        """Offer a node. Suspends, raises: as ExportControl.add."""
+        return await self.export_control.add(node, spec)
+
+    def _listen_for_control(self, undo: AsyncExitStack) -> None:
+        config = self.config
+        if config.control_path is None and not config.control_sockets:
+            return
+        self.control = QmpServer(self.main_ctx, self)
+        undo.callback(self._close_control)
+        if config.control_path is not None:
+            listener = listen_unix(config.control_path)
             undo.callback(remove_unix_path, listener)
-            self.control = QmpServer(self.main_ctx, self)
-            undo.callback(self.control.close)
             self.control.listen(listener.sock)
             log.info("control socket: %s", listener.path)
+        for address in config.control_sockets:
+            sock = adopt(address)
+            undo.callback(sock.close)
+            self.control.listen(sock)
 
-    async def _open_export(self, image: ImageConfig, undo: AsyncExitStack) -> None:
+    def _close_control(self) -> None:
+        control, self.control = self.control, None
+        assert control is not None
+        control.close()
+
+    def _export_deleted(self, id: str) -> None:
+        if self.control is not None:
+            self.control.broadcast_event("BLOCK_EXPORT_DELETED", {"id": id})
+
+    async def _open_image(self, image: ImageConfig, undo: AsyncExitStack) -> BlockDriverState:
+        """Its node, in its thread's context, where we hold it open until the end."""
         thread = self._iothread(image.iothread, undo)
         node = await self.opener.open_image(
             image.path,
@@ -186,17 +232,13 @@ class Daemon:
             discard=image.discard,
             detect_zeroes=image.detect_zeroes,
             overlap_check=image.overlap_check,
+            no_flush=image.no_flush,
+            offset=image.offset,
         )
-        try:
-            backend = BlockBackend(image.export_name, node, writable=not image.read_only)
-        except BaseException:
-            await node.close()
-            raise
-        undo.push_async_callback(self._close_backend, image.path, backend)
-        await backend.move_to(thread.ctx)
-        export = Export(image.export_name, backend, read_only=image.read_only)
-        self.exports.add(export)
-        undo.callback(self.exports.remove, export.name)
+        hold = BlockBackend(image.path, node, writable=False, reads=False, shared=Permission.ALL)
+        undo.push_async_callback(self._let_go, image.path, hold)
+        await hold.move_to(thread.ctx)
+        return node
 
     def _iothread(self, name: str, undo: AsyncExitStack) -> IOThread:
         """The IOThread of this name, started if it is the first to be asked for it."""
@@ -211,45 +253,30 @@ class Daemon:
         del self.iothreads[thread.name]
         thread.stop()
 
-    async def _close_backend(self, path: str, backend: BlockBackend) -> None:
-        """Take the backend home, flush it and close its graph. A flush that fails is reported."""
+    async def _let_go(self, path: str, hold: BlockBackend) -> None:
+        """Take a node home, flush it and close its graph. A flush that fails is reported."""
         try:
-            await backend.move_to(self.main_ctx)
-            await backend.close()
+            await hold.move_to(self.main_ctx)
+            try:
+                await hold.node.flush()
+            finally:
+                await hold.close()
         except OSError as error:
             raise ImageError(path, f"the last flush failed: {error.strerror}") from error
 
-    def _bind(self, undo: AsyncExitStack) -> list[socket.socket]:
-        """The listening sockets."""
-        address = self.config.address
-        if isinstance(address, UnixAddress):
-            listener = listen_unix(address.path)
-            undo.callback(remove_unix_path, listener)
-            return [listener.sock]
-        sockets = listen_tcp(address.host, address.port)
-        for sock in sockets:
-            undo.callback(sock.close)
-        self.port = sockets[0].getsockname()[1]
-        return sockets
-
     # --- what it serves ---
 
-    def uri(self, export_name: str) -> str:
-        """Where clients find the export of this name."""
-        address = self.config.address
-        if isinstance(address, UnixAddress):
-            return unix_uri(address.path, export_name)
-        return tcp_uri(address.host, self.port, export_name)
-
     def describe_exports(self) -> list[str]:
-        """A line for each export: its URI, then what it is."""
-        lines = []
-        for export, image in zip(self.exports, self.config.images, strict=True):
-            backend = export.backend
-            access = "read-only" if export.read_only else "read-write"
-            size = format_size(backend.length_bytes)
-            lines.append(
-                f"{self.uri(export.name)} ({backend.node.driver.name}, {size}, {access}): "
-                f"{image.path}"
-            )
-        return lines
+        """A line for each export on each listener: its URI, then what it is."""
+        return [
+            f"{listener.uri(export.name)} {self._describe(export)}"
+            for listener in self.nbd.listeners
+            for export in self.exports
+        ]
+
+    def _describe(self, export: Export) -> str:
+        backend = export.backend
+        access = "read-only" if export.read_only else "read-write"
+        size = format_size(backend.length_bytes)
+        path = self._paths[backend.node.node_name]
+        return f"({backend.node.driver.name}, {size}, {access}): {path}"

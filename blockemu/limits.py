@@ -13,18 +13,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from blockemu.loop.socket_options import KeepAlive
+
 KIB = 1024
 MIB = 1024 * KIB
 SECOND_NS = 1_000_000_000
+
+KEEPALIVE_SECONDS_MAX = 32767
+"""Linux takes no longer times for TCP's keep-alive."""
+
+KEEPALIVE_PROBES_MAX = 127
+"""The same for how often it asks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """All limits of the daemon. The defaults suit a machine that serves a few busy disks."""
 
-    connections_max: int = 1024
+    connections_max: int = 2048
     """Client connections at once. Beyond it nobody is accepted until one leaves: they wait in the
     kernel's backlog. Each costs a file descriptor and, when active, up to about a megabyte."""
+
+    export_connections_max: int = 1024
+    """Clients of one export at once, unless the export has a bound of its own: so that one that
+    everybody wants leaves room for the others. Beyond it, clients are told so when they choose it
+    (ERR_POLICY)."""
 
     negotiation_time_max_ns: int = 10 * SECOND_NS
     """From accept to the transmission phase. Real clients need milliseconds; TLS, one day, less
@@ -101,12 +114,45 @@ class Limits:
     """Connections accepted in one round of the main loop, so that a flood of them leaves it time
     for everything else."""
 
+    keepalive_idle_ns: int = 60 * SECOND_NS
+    """After so long without a word from a TCP client, the kernel asks whether it still lives: a
+    machine that lost its power or its network holds a place, and the memory of its requests, for
+    ever otherwise. The kernel's own default is two hours. Whole seconds."""
+
+    keepalive_interval_ns: int = 10 * SECOND_NS
+    """Between one such question and the next, while there is no answer."""
+
+    keepalive_probes_max: int = 6
+    """Questions without an answer, after which the client is taken for gone: after two minutes,
+    which a switch or a router takes to start again."""
+
+    @property
+    def keepalive(self) -> KeepAlive:
+        """As the kernel takes them."""
+        return KeepAlive(
+            idle_s=max(1, self.keepalive_idle_ns // SECOND_NS),
+            interval_s=max(1, self.keepalive_interval_ns // SECOND_NS),
+            probes=self.keepalive_probes_max,
+        )
+
     def payload_dropped_max(self, *, extended: bool) -> int:
         """The longest payload that is dropped with an error. With extended headers the document
         wants those beyond the largest that was announced to end the connection."""
         return self.request_length_max if extended else self.discard_length_max
 
     def __post_init__(self) -> None:
-        assert self.in_flight_bytes_max >= self.request_length_max > 0
-        assert self.in_flight_requests_max > 0
-        assert self.name_length_max <= self.option_length_max <= self.negotiation_bytes_max
+        """Raises: ValueError, when two of them contradict each other."""
+        for less, more in (
+            ("request_length_max", "in_flight_bytes_max"),
+            ("name_length_max", "option_length_max"),
+            ("option_length_max", "negotiation_bytes_max"),
+        ):
+            if getattr(self, less) > getattr(self, more):
+                raise ValueError(
+                    f"{less} ({getattr(self, less)}) is more than {more} ({getattr(self, more)})"
+                )
+        for name in ("keepalive_idle_ns", "keepalive_interval_ns"):
+            if getattr(self, name) > KEEPALIVE_SECONDS_MAX * SECOND_NS:
+                raise ValueError(f"{name} is more than {KEEPALIVE_SECONDS_MAX} seconds")
+        if self.keepalive_probes_max > KEEPALIVE_PROBES_MAX:
+            raise ValueError(f"keepalive_probes_max is more than {KEEPALIVE_PROBES_MAX}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Listening sockets: TCP by address and port, unix by path.
+"""Listening sockets: TCP by address and port, unix by path, vsock by context id and port.
 
 All are non-blocking, close-on-exec, and listening when they are handed out, so a caller that holds
 one may announce it. A unix path is a file that outlives its server: a path that a dead server left
@@ -19,10 +19,11 @@ import socket
 import stat
 from dataclasses import dataclass
 
+from blockemu.addresses import SOCKET_MODE, VsockAddress
 from blockemu.errors import DaemonError
 from blockemu.loop.stream_socket import UNIX_PATH_BYTES_MAX
 
-BACKLOG_DEFAULT = 1024
+BACKLOG_DEFAULT = 2048
 """Connections that the kernel completes while we are busy. It drops what comes beyond, and a TCP
 client then tries again only after a second. As many as we serve at once may come at once."""
 
@@ -99,18 +100,43 @@ def _listen(
     return sock
 
 
-def listen_unix(path: str, *, mode: int = 0o600, backlog: int = BACKLOG_DEFAULT) -> UnixListener:
-    """Listen on `path`, for those whom the file's `mode` lets write to it (the owner only).
+def listen_vsock(address: VsockAddress, *, backlog: int = BACKLOG_DEFAULT) -> socket.socket:
+    """Listen for virtual machines and their host. Raises: DaemonError."""
+    cid = socket.VMADDR_CID_ANY if address.cid is None else address.cid
+    name = f"vsock://{'any' if address.cid is None else cid}:{address.port}"
+    sock = None
+    try:
+        sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        sock.bind((cid, address.port))
+        sock.listen(backlog)
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        raise DaemonError(name, error.strerror or str(error)) from error
+    return sock
+
+
+def listen_unix(
+    path: str,
+    *,
+    mode: int = SOCKET_MODE,
+    user_id: int | None = None,
+    group_id: int | None = None,
+    backlog: int = BACKLOG_DEFAULT,
+) -> UnixListener:
+    """Listen on `path`, for those whom the file's `mode` lets write to it (the owner only), after
+    giving the file to the user and the group.
 
     Raises: DaemonError.
     """
+    owner = (-1 if user_id is None else user_id, -1 if group_id is None else group_id)
     if not path:
         raise DaemonError("socket", "its path is empty")
     if len(os.fsencode(path)) > UNIX_PATH_BYTES_MAX:
         raise DaemonError(path, f"a socket path has at most {UNIX_PATH_BYTES_MAX} bytes")
     try:
         stale = _is_stale(path)
-        return _bind_unix(path, mode, backlog, replace=stale)
+        return _bind_unix(path, mode, owner, backlog, replace=stale)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise DaemonError(path, "in use by a running server") from error
@@ -146,7 +172,9 @@ def _is_stale(path: str) -> bool:
     raise DaemonError(path, "in use by a running server")
 
 
-def _bind_unix(path: str, mode: int, backlog: int, *, replace: bool) -> UnixListener:
+def _bind_unix(
+    path: str, mode: int, owner: tuple[int, int], backlog: int, *, replace: bool
+) -> UnixListener:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     name = f"{path}.{os.getpid()}" if replace else path
     if len(os.fsencode(name)) > UNIX_PATH_BYTES_MAX:
@@ -154,10 +182,12 @@ def _bind_unix(path: str, mode: int, backlog: int, *, replace: bool) -> UnixList
         name = path
     bound = False
     try:
-        # The mode is set before listen(): until then nobody can connect, so there is no moment at
-        # which the umask's looser mode lets a stranger in.
+        # Mode and owner are set before listen(): until then nobody can connect, so there is no
+        # moment at which the umask's looser mode lets a stranger in.
         sock.bind(name)
         bound = True
+        if owner != (-1, -1):
+            os.chown(name, *owner)
         os.chmod(name, mode)
         sock.listen(backlog)
         if name != path:

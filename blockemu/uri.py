@@ -23,5 +23,10 @@ def unix_uri(path: str, export_name: str) -> str:
     return f"nbd+unix:///{_quoted(export_name)}?socket={socket_path}"
 
 
+def vsock_uri(cid: int | None, port: int, export_name: str) -> str:
+    """`nbd+vsock://cid:port/name`. Guests find a host that listens on any id at 2."""
+    return f"nbd+vsock://{2 if cid is None else cid}:{port}/{_quoted(export_name)}"
+
+
 def _quoted(export_name: str) -> str:
     return quote(export_name.encode(errors="surrogateescape"), safe="")

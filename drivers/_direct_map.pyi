@@ -5,6 +5,10 @@ from typing import Any
 class _Pin:
     serial: int
 
+class _Table:
+    count: int
+    capacity: int
+
 class _Map:
     fd: int
     io: int
@@ -14,8 +18,8 @@ class _Map:
     alignment_mask: int
     memory_mask: int
     length: int
-    count: int
-    capacity: int
+    pages: _Table
+    slices: _Table
     serial: int
     watched: int
     token: int
@@ -43,6 +47,18 @@ class _Library:
     def direct_map_withdraw(map: _Map, first: int, last: int, /) -> None: ...
     @staticmethod
     def direct_map_clear(map: _Map, /) -> None: ...
+    @staticmethod
+    def direct_map_set_words(
+        map: _Map, slice_bits: int, word_mask: int, word_plain: int, /
+    ) -> None: ...
+    @staticmethod
+    def direct_map_show(map: _Map, number: int, address: int, host_end: int, /) -> int: ...
+    @staticmethod
+    def direct_map_hide(map: _Map, number: int, address: int, /) -> None: ...
+    @staticmethod
+    def direct_map_hide_all(map: _Map, /) -> None: ...
+    @staticmethod
+    def direct_map_was_used(map: _Map, number: int, address: int, /) -> int: ...
     @staticmethod
     def direct_map_find(map: _Map, offset: int, length: int, writable: int, /) -> int: ...
     @staticmethod

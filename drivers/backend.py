@@ -16,6 +16,7 @@ from blockemu.drivers.child import BdrvChild, Permission, Role
 from blockemu.drivers.drain import DrainedSection
 from blockemu.drivers.driver import BlockStatus, RequestFlags
 from blockemu.drivers.errors import io_error
+from blockemu.drivers.known_zeroes import known_zeroes
 from blockemu.drivers.status_runs import StatusRuns, chain_runs
 from blockemu.loop.coroutine import run_in_context
 from blockemu.loop.sync import WaitQueue
@@ -26,23 +27,40 @@ if TYPE_CHECKING:
     from blockemu.loop.aio_context import AioContext
 
 
-class BlockBackend:
-    """A named hold on `node`. Created and closed in the main context; used in `ctx`.
+OURS_ALONE = Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED
+"""What a user of a node lets others do who can't have its bytes change behind its back."""
 
+
+class BlockBackend:
+    """A named hold on `node`. Created and closed in `ctx`, or in the main context while nothing
+    runs there; used in `ctx`.
+
+    `shared` is what others may do with the node meanwhile. With `write_through`, what is written is
+    on stable storage before it is acknowledged; there is no direct map then. Without
+    `reads` it is a hold that keeps the node open, and no more. A drained section that runs on the
+    node takes the backend in.
     Raises: ImageError, when another parent of the node forbids this one.
     """
 
     def __init__(
-        self, name: str, node: BlockDriverState, *, writable: bool, resizable: bool = False
+        self,
+        name: str,
+        node: BlockDriverState,
+        *,
+        writable: bool,
+        resizable: bool = False,
+        reads: bool = True,
+        shared: Permission = OURS_ALONE,
+        write_through: bool = False,
     ) -> None:
-        perm = Permission.CONSISTENT_READ
-        shared = Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED
+        perm = Permission.CONSISTENT_READ if reads else Permission.NONE
         if writable:
             perm |= Permission.WRITE
         if resizable:
             perm |= Permission.RESIZE
         self.name = name
         self.writable = writable
+        self.write_through = write_through
         self.root = BdrvChild(
             "root", node, parent=None, role=Role.ROOT, perm=perm, shared=shared, owner=self
         )
@@ -51,6 +69,8 @@ class BlockBackend:
         self._resumed = WaitQueue()
         self._on_drained_begin: Callable[[], None] | None = None
         self._on_drained_end: Callable[[], None] | None = None
+        for section in list(node.drained_by):
+            section.take_in(self)
 
     def __repr__(self) -> str:
         return f"block backend '{self.name}'"
@@ -74,12 +94,17 @@ class BlockBackend:
 
         There is none in a drained section: a map that is made inside isn't one of those it holds.
         """
-        return None if self._quiesced else self.root.node.driver.direct_map()
+        if self._quiesced or self.write_through:
+            return None
+        return self.root.node.driver.direct_map()
 
     def set_dev_ops(
         self, on_drained_begin: Callable[[], None], on_drained_end: Callable[[], None]
     ) -> None:
-        """Be told when a drained section begins and ends, in the home thread."""
+        """Be told when a drained section begins and ends, in the home thread; at once, of one
+        that runs."""
+        if self._quiesced:
+            on_drained_begin()
         self._on_drained_begin = on_drained_begin
         self._on_drained_end = on_drained_end
 
@@ -95,14 +120,14 @@ class BlockBackend:
     ) -> None:
         """Write `view` at `offset`. Raises: OSError."""
         await self._enter(offset, len(view), write=True)
-        await self.node.pwritev(offset, view, flags)
+        await self.node.pwritev(offset, view, self._durably(flags))
 
     async def pwrite_zeroes(
         self, offset: int, length: int, flags: RequestFlags = RequestFlags.NONE
     ) -> None:
         """Make the range read as zeroes. Raises: OSError."""
         await self._enter(offset, length, write=True)
-        await self.node.pwrite_zeroes(offset, length, flags)
+        await self.node.pwrite_zeroes(offset, length, self._durably(flags))
 
     async def pdiscard(self, offset: int, length: int) -> None:
         """Give the range up. Raises: OSError."""
@@ -128,10 +153,23 @@ class BlockBackend:
         await self._enter(offset, length)
         return await self.node.block_status(offset, length)
 
+    def _durably(self, flags: RequestFlags) -> RequestFlags:
+        return flags | RequestFlags.FUA if self.write_through else flags
+
     async def status_runs(self, offset: int, length: int, *, runs_max: int) -> StatusRuns:
         """What the bytes from `offset` are in the whole chain, in bulk: status_runs.py."""
         await self._enter(offset, length)
         return await chain_runs(self.node, offset, length, runs_max=runs_max)
+
+    @property
+    def tells_zeroes(self) -> bool:
+        """Whether `known_zeroes` is worth a question, and free."""
+        return self.root.node.driver.tells_zeroes
+
+    async def known_zeroes(self, offset: int, length: int, *, worth: int) -> list[tuple[int, int]]:
+        """Where the range is known to be zeroes, at no cost: known_zeroes.py. Raises: OSError."""
+        await self._enter(offset, length)
+        return await known_zeroes(self.node, offset, length, worth=worth)
 
     async def _enter(self, offset: int, length: int, *, write: bool = False) -> None:
         """The door: wait while quiesced, then check against the size and the right to write."""
@@ -198,11 +236,16 @@ class BlockBackend:
         Context: home thread of ctx, after the last request. Raises: OSError, if the last flush
         fails; everything is closed all the same.
         """
-        await self.drain()
         node = self.node
         try:
-            await node.flush()
+            while self._quiesced:
+                await self._resumed.wait()
+            if self.root.perm:
+                await self.drain()
+                await node.flush()
         finally:
+            for section in node.drained_by:
+                section.let_go(self)
             node.remove_parent(self.root)
             if not node.parents:
                 await node.close()

@@ -20,7 +20,9 @@ Waiting doesn't stop the hot path: pins are counted per *generation*. Invalidati
 current generation and waits for that one; new requests pin the next.
 
 A native connection asks the map's twin in C (native_map.py), which is made when the first one
-comes. Every change is mirrored there, and waiting covers the requests that were taken from it.
+comes. Every change is mirrored there, and waiting covers the requests that were taken from it. The
+twin can also be shown slices of an image's own tables, to find in them what was never published;
+withdrawing pages hides the slices that have them, and who shows one keeps to rule 1.
 
 Bounds: `pages_max` entries, `PAGE_BYTES` each. A full map is emptied, which costs misses only.
 
@@ -30,12 +32,14 @@ Context: everything here runs in the home thread of the node's AioContext.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from blockemu.loop.file_engine import NativeKind
 from blockemu.loop.sync import WaitQueue
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from blockemu.drivers.native_map import NativeEvents, NativeMap
     from blockemu.loop.host_file import HostFile
 
@@ -61,11 +65,25 @@ class Pin:
         self.waiters: WaitQueue | None = None
 
 
+class TableWords(NamedTuple):
+    """How an image's table says where a page lies, one word of 64 bits for each page.
+
+    A slice of a table has `1 << slice_bits` of them. A word is the host offset of the page under
+    `host_mask`, not 0, and may have the bits of `plain_mask` set; one with others says something
+    that this isn't for.
+    """
+
+    slice_bits: int
+    host_mask: int
+    plain_mask: int
+
+
 class DirectMap:
     """Guest range -> offset in `file`. `length` is the mapped size in bytes, from 0.
 
     `durable`: data that is in the file is all there is, no metadata of an image: native code may
-    do FLUSH and FUA by the file alone. `pages_max`: a bound below PAGES_MAX.
+    do FLUSH and FUA by the file alone. `pages_max`: a bound below PAGES_MAX. `words`: of the slices
+    that will be shown to the twin.
     """
 
     __slots__ = (
@@ -82,7 +100,9 @@ class DirectMap:
         "_page_mask",
         "_pages_max",
         "_stored",
+        "_words",
         "file",
+        "fill",
     )
 
     def __init__(
@@ -93,8 +113,12 @@ class DirectMap:
         length: int,
         durable: bool = False,
         pages_max: int | None = None,
+        words: TableWords | None = None,
     ) -> None:
         self.file = file
+        self.fill: Callable[[int, int], None] | None = None
+        """Publishes what it can of a guest range (offset, length) without suspending."""
+        self._words = words
         self._pages_max = PAGES_MAX if pages_max is None else min(pages_max, PAGES_MAX)
         self._page_bits = page_bits
         self._page_mask = (1 << page_bits) - 1
@@ -130,6 +154,22 @@ class DirectMap:
         if (end - 1) >> self._page_bits != page and not self._contiguous(page, entry, end, 0):
             return -1
         return (entry >> 1) + (offset & self._page_mask)
+
+    def find_read(self, offset: int, length: int) -> int:
+        """As `lookup_read`; but a page that isn't known is asked for, if that takes no waiting."""
+        host = self.lookup_read(offset, length)
+        if host < 0 and self.fill is not None and not self._held:
+            self.fill(offset, length)
+            host = self.lookup_read(offset, length)
+        return host
+
+    def find_write(self, offset: int, length: int) -> int:
+        """As `find_read`, for bytes that may be overwritten in place."""
+        host = self.lookup_write(offset, length)
+        if host < 0 and self.fill is not None and not self._held:
+            self.fill(offset, length)
+            host = self.lookup_write(offset, length)
+        return host
 
     def lookup_write(self, offset: int, length: int) -> int:
         """As `lookup_read`, for bytes that may be overwritten in place."""
@@ -194,11 +234,13 @@ class DirectMap:
         await self.wait_idle()
 
     def _withdraw(self, offset: int, length: int) -> None:
-        if not self._stored or not length:
+        if not length:
             return
         first, last = offset >> self._page_bits, (offset + length - 1) >> self._page_bits
         if self._native is not None:
             self._native.withdraw(first, last)
+        if not self._stored:
+            return
         if last - first < len(self._stored):
             for page in range(first, last + 1):
                 self._stored.pop(page, None)
@@ -238,6 +280,11 @@ class DirectMap:
             if self._native is not None:
                 self._native.set_held(False)
 
+    @property
+    def native(self) -> NativeMap | None:
+        """The twin in C, if there is one."""
+        return self._native
+
     def native_handle(self, poller: NativeEvents) -> NativeMap | None:
         """The twin in C for connections served by `poller`, the native poll of the file's context;
         None where only Python may do the file's I/O. Ask again whenever you ask for the map.
@@ -262,6 +309,7 @@ class DirectMap:
             length=self._length,
             request_alignment=self._alignment_mask + 1,
             durable=self._durable,
+            words=self._words,
         )
         self._native.set_held(self._held > 0)
         for page, entry in self._stored.items():

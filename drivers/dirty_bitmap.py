@@ -159,14 +159,16 @@ class DirtyBitmap:
         """
         found, bits, shift = StatusRuns(), self.bits, self._shift
         position, end = offset, offset + length
+        reach = min(end, self.length_bytes)
         while position < end and len(found) < runs_max:
             bit = position >> shift
-            dirty = bits.next_set(bit) if bit < bits.length else bits.length
-            if dirty > bit:
-                state, stop = 0, dirty << shift if dirty < bits.length else end
+            dirty = bits.next_set(bit) if position < reach else bits.length
+            if dirty << shift >= reach:
+                state, stop = 0, end
+            elif dirty > bit:
+                state, stop = 0, dirty << shift
             else:
-                state, stop = 1, bits.next_clear(bit) << shift
-            stop = min(stop, end)
+                state, stop = 1, min(bits.next_clear(bit) << shift, reach)
             found.add(stop - position, state)
             position = stop
         return found

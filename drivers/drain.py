@@ -73,6 +73,8 @@ class DrainedSection:
                 self._maps.append(own)
         for backend in self._backends:
             backend.drained_begin()
+        for node in self._nodes:
+            node.drained_by.append(self)
         for direct_map in self._maps:
             direct_map.hold()
         try:
@@ -85,6 +87,16 @@ class DrainedSection:
             self.end()
             raise
 
+    def take_in(self, backend: BlockBackend) -> None:
+        """`backend` has just come to hold a node of this section: its door is closed as well."""
+        self._backends.append(backend)
+        backend.drained_begin()
+
+    def let_go(self, backend: BlockBackend) -> None:
+        """`backend` holds no node of this section any more."""
+        if backend in self._backends:
+            self._backends.remove(backend)
+
     def leave_context(self) -> None:
         """Let the external fds of the context in which the section began speak again."""
         assert self._ctx is not None
@@ -96,6 +108,8 @@ class DrainedSection:
         for direct_map in self._maps:
             direct_map.release()
         self._maps.clear()
+        for node in self._nodes:
+            node.drained_by.remove(self)
         for backend in self._backends:
             backend.drained_end()
         self._backends.clear()

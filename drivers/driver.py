@@ -78,8 +78,17 @@ class BlockDriver(ABC):
     keeps_zeroes: ClassVar[bool] = True
     """A filter's: zeroes of the file below, and so its holes, are zeroes here."""
 
+    @property
+    def tells_zeroes(self) -> bool:
+        """`status_runs` says where zeroes are by what a read would look at anyway: it asks no file
+        below, and nobody else."""
+        return False
+
     host_file: HostFile | None = None
     """The host file whose bytes are this node's bytes, offset by offset, where there is one."""
+
+    multi_conn: bool = True
+    """All users of this node see one cache, and a flush by one covers what all have written."""
 
     metadata_share: Share | None = None
     """Of the daemon's memory for metadata, where the driver takes any."""
@@ -140,7 +149,9 @@ class BlockDriver(ABC):
     async def pwrite_zeroes(self, offset: int, length: int, flags: RequestFlags) -> None:
         """Make the range read as zeroes without being handed them.
 
-        Raises: OSError(ENOTSUP) where there is no such way; the node then writes zero bytes.
+        Raises: OSError(ENOTSUP) where there is no such way; the node then writes zero bytes. With
+        NO_FALLBACK, also where it isn't quicker than those, or that can't be told; then nothing has
+        been changed.
         """
         raise io_error(errno.ENOTSUP, f"driver {self.name} has no write zeroes")
 

@@ -2,8 +2,9 @@
 """The native twin of a direct map: the same entries where the native poll finds them.
 
 The native poll serves requests by this without the GIL. What stands in it is decided in
-direct_map.py, which mirrors every change here; the rules are said there. The twin never says more
-than the map does, but may say less: a page without room in its table is a miss.
+direct_map.py, which mirrors every change here; the rules are said there. The twin may say less than
+the map does: a page without room in its table is a miss. For reads it may know more: where slices
+of an image's own tables are *shown* to it (qcow2/shown_slices.py), it looks pages up in them.
 
 Who keeps what alive. A native connection holds the NativeMap for as long as its C half knows
 `address`; the memory is given back with the last reference, not before. The poller holds it until
@@ -27,6 +28,7 @@ from blockemu.loop.file_engine import NativeKind
 from blockemu.loop.sync import WaitQueue
 
 if TYPE_CHECKING:
+    from blockemu.drivers.direct_map import TableWords
     from blockemu.loop.file_engine import NativeIo
 
 MAP_IDLE: Final = 1
@@ -69,6 +71,7 @@ class NativeMap:
         length: int,
         request_alignment: int,
         durable: bool,
+        words: TableWords | None = None,
     ) -> None:
         durable = durable and io.durable
         opened = lib.direct_map_open(
@@ -78,13 +81,15 @@ class NativeMap:
             raise MemoryError
         self.cdata: Any = ffi.gc(opened, _close)
         self.address = int(ffi.cast("uintptr_t", opened))
+        if words is not None:
+            lib.direct_map_set_words(opened, words.slice_bits, words.host_mask, words.plain_mask)
         self._waiters = WaitQueue()
         self._poller = poller
         self._retired = False
         self.cdata.token = poller.add_native(self._on_event)
 
     def __len__(self) -> int:
-        return int(self.cdata.count)
+        return int(self.cdata.pages.count)
 
     @property
     def poller(self) -> NativeEvents:
@@ -101,12 +106,26 @@ class NativeMap:
         lib.direct_map_publish(self.cdata, page, entry)
 
     def withdraw(self, first: int, last: int) -> None:
-        """Takes pages `first` to `last`, included, out."""
+        """Takes pages `first` to `last`, included, out, and hides the slices with words of them."""
         lib.direct_map_withdraw(self.cdata, first, last)
 
     def clear(self) -> None:
         """Takes all pages out."""
         lib.direct_map_clear(self.cdata)
+
+    def show(self, number: int, address: int, *, host_end: int) -> None:
+        """Has reads look pages up in slice `number`, whose words are at `address` until `hide`.
+        They lead nowhere behind `host_end`, or the largest that was ever given."""
+        if not self._retired:
+            lib.direct_map_show(self.cdata, number, address, host_end)
+
+    def hide(self, number: int, address: int) -> None:
+        """Ends `show`, if it still holds for this address."""
+        lib.direct_map_hide(self.cdata, number, address)
+
+    def was_used(self, number: int, address: int) -> bool:
+        """Whether the slice that is shown at `address` was of use since this was last asked."""
+        return bool(lib.direct_map_was_used(self.cdata, number, address))
 
     def set_held(self, held: bool) -> None:
         """Has every look-up miss, or no more."""
@@ -127,6 +146,7 @@ class NativeMap:
             self.cdata.held = 1
             self.cdata.watched = 0
             self.clear()
+            lib.direct_map_hide_all(self.cdata)
             self._poller.remove_native(self.cdata.token)
             self._waiters.wake_all()  # the event that they wait for may never come now
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from blockemu.drivers.direct_map import DirectMap
     from blockemu.drivers.dirty_bitmap import DirtyBitmap
+    from blockemu.drivers.drain import DrainedSection
     from blockemu.drivers.status_runs import StatusRuns
     from blockemu.loop.aio_context import AioContext
 
@@ -86,6 +87,8 @@ class BlockDriverState:
         """How writes of zeroes are passed on as write-zeroes; None: as they are."""
         self.on_closed: Callable[[], object] = lambda: None
         self.in_flight = 0
+        self.drained_by: list[DrainedSection] = []
+        """The drained sections that hold this node quiet now."""
         self.mapped_by: list[DirectMap] = []
         """Direct maps that point into this node's host file, past this node. Changed by `add_map`
         and `remove_map`."""
@@ -403,8 +406,9 @@ class BlockDriverState:
         end = offset + length
         start_whole = min((offset + mask) & ~mask, end)
         end_whole = max(end & ~mask, start_whole)
-        if offset < start_whole:
-            await self._write_zero_bytes(offset, start_whole, flags)
+        if flags & RequestFlags.NO_FALLBACK and 2 * (end_whole - start_whole) < length:
+            raise io_error(errno.ENOTSUP, f"{self.node_name}: zeroes would have to be written")
+        # The middle first: if NO_FALLBACK fails there, nothing has been changed.
         if start_whole < end_whole:
             request = await self._tracker.begin(start_whole, end_whole) if mask else None
             try:
@@ -414,6 +418,9 @@ class BlockDriverState:
                     self._tracker.end(request)
             if not done:
                 await self._write_zero_bytes(start_whole, end_whole, flags)
+        flags &= ~RequestFlags.NO_FALLBACK
+        if offset < start_whole:
+            await self._write_zero_bytes(offset, start_whole, flags)
         if end_whole < end:
             await self._write_zero_bytes(end_whole, end, flags)
 

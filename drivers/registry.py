@@ -53,6 +53,9 @@ _BUILT_IN = {
     "raw": "blockemu.drivers.raw:RawDriver",
 }
 
+_MAGIC = {"luks": b"LUKS\xba\xbe", "qcow2": b"QFI\xfb"}
+"""How images of the built-in formats that can be guessed begin. The others needn't be loaded."""
+
 _MADE_UP = "#block"
 _OF_ALL_BELOW = ("read-only", "force-share", "no-io")
 
@@ -84,6 +87,20 @@ class DriverTable:
             if point.name == name:
                 driver: type[BlockDriver] = point.load()
                 return driver
+        return None
+
+    def guess(self, start: bytes) -> type[BlockDriver] | None:
+        """The format that recognises the first bytes of an image. Built-in ones are asked first."""
+        for name, magic in _MAGIC.items():
+            if name not in self._classes and start.startswith(magic):
+                self.find(name)
+        for driver in self._classes.values():
+            if driver.recognises(start):
+                return driver
+        for point in _plugins():
+            driver_class = self.find(point.name)
+            if driver_class is not None and driver_class.recognises(start):
+                return driver_class
         return None
 
     def names(self) -> list[str]:
@@ -405,11 +422,14 @@ class Opener:
         overlap_check: str | None = None,
         snapshot: str | None = None,
         no_io: bool = False,
+        no_flush: bool = False,
+        offset: int = 0,
     ) -> BlockDriverState:
         """Open the image at `path` the way the command line does.
 
         `fmt` None means: probe, and refuse an image that names other files. `overlap_check` is for
-        a qcow2 image.
+        a qcow2 image. `no_flush`: of an image that is thrown away. `offset`: leave out so many
+        bytes at the disk's start.
         Raises: ImageError.
         """
         options: dict[str, Any] = {
@@ -423,14 +443,27 @@ class Opener:
             options["node-name"] = node_name
         if snapshot is not None:
             options["snapshot"] = snapshot
-        file_options = {"aio": aio, "cache": {"direct": direct}}
-        return await self.open_named(
+        file_options = {"aio": aio, "cache": {"direct": direct, "no-flush": no_flush}}
+        node = await self.open_named(
             path,
             fmt=fmt,
             options=options,
             file_options=file_options,
             qcow2_options={} if overlap_check is None else {"overlap-check": overlap_check},
         )
+        return await self._window(path, node, offset) if offset else node
+
+    async def _window(self, path: str, disk: BlockDriverState, offset: int) -> BlockDriverState:
+        """All of `disk` but its first `offset` bytes. It is closed if that fails."""
+        try:
+            if offset > disk.length_bytes:
+                reason = f"offset {offset} lies past the disk's end at {disk.length_bytes}"
+                raise ImageError(path, reason)
+            options = {"driver": "raw", "file": disk.node_name, "offset": offset}
+            return await self.open({**options, "read-only": disk.read_only})
+        except BaseException:
+            await disk.close()
+            raise
 
     async def probe(self, name: str) -> str:
         """The format of the image `name`: what the name says, or else by its first bytes.
@@ -459,19 +492,17 @@ class Opener:
             await file.preadv(0, memoryview(start))
         except OSError as error:
             raise ImageError.from_os_error(name, error) from error
-        for fmt in self.drivers.names():
-            driver = self.drivers.find(fmt)
-            if driver is None or not driver.recognises(bytes(start)):
-                continue
-            other = None if trusted else driver.names_other_file(bytes(start))
-            if other is not None:
-                raise ImageError(
-                    name,
-                    f"names another file, '{other}', and its format was only guessed: say "
-                    f"-f {fmt} to open both, or -f raw to use the bytes as they are",
-                )
-            return fmt
-        return "raw"
+        driver = self.drivers.guess(bytes(start))
+        if driver is None:
+            return "raw"
+        other = None if trusted else driver.names_other_file(bytes(start))
+        if other is not None:
+            raise ImageError(
+                name,
+                f"names another file, '{other}', and its format was only guessed: say "
+                f"-f {driver.name} to open both, or -f raw to use the bytes as they are",
+            )
+        return driver.name
 
 
 def _about(name: str, error: ImageError) -> ImageError:

@@ -56,6 +56,14 @@ class StatusRuns:
             self.lengths.append(length)
             self.states.append(state)
 
+    def extend(self, lengths: list[int], states: list[int]) -> None:
+        """More runs, at least one, which are in these two states by turns."""
+        if self.states and self.states[-1] == states[0]:
+            self.lengths[-1] += lengths[0]
+            lengths, states = lengths[1:], states[::-1]
+        self.lengths += lengths
+        self.states += (states * (len(lengths) // 2 + 1))[: len(lengths)]
+
     @property
     def length_bytes(self) -> int:
         """How much is described."""
@@ -118,7 +126,7 @@ async def _layer_runs(
     else:
         for state in (0, DATA, ZERO, DATA | ZERO):
             states[state] = state
-    runs.states = [states[state] for state in runs.states]
+    runs.states = list(map(states.__getitem__, runs.states))
     return runs
 
 

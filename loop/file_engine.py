@@ -124,6 +124,11 @@ class HostFile(ABC):
     ) -> int | None:
         """Writes all of `view`, or fails. Otherwise as start_read."""
 
+    def try_read(self, offset: int, view: memoryview) -> bool:
+        """Fills `view` if that is only a matter of copying memory. False: use `read`, which also
+        tells what went wrong. Suspends: never."""
+        return False
+
     async def read(self, offset: int, view: memoryview) -> int:
         """Reads into `view`, wherever its memory lies; returns less than its length only at the end
         of the file.

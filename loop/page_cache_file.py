@@ -75,6 +75,14 @@ class PageCacheFile(PosixFile):
         self._reads.stage(self.ctx, self._fd, offset, view, got, done)
         return None
 
+    def try_read(self, offset: int, view: memoryview) -> bool:
+        if not self._reads_nowait:
+            return False
+        try:
+            return os.preadv(self._fd, (view,), offset, os.RWF_NOWAIT) == len(view)
+        except OSError:
+            return False
+
     def start_write(
         self, offset: int, view: memoryview, done: Done, address: int = 0
     ) -> int | None:
@@ -111,6 +119,12 @@ class MemoryFilesystemFile(PosixFile):
         except OSError as error:
             return -(error.errno or errno.EIO)
         return count if count == len(view) else write_fully(self._fd, view, offset)
+
+    def try_read(self, offset: int, view: memoryview) -> bool:
+        try:
+            return os.preadv(self._fd, (view,), offset) == len(view)
+        except OSError:
+            return False
 
     async def flush(self) -> None:
         """Nothing to do: there is no storage behind the cache."""

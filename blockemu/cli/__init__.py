@@ -27,7 +27,13 @@ Examples:
 
 
 @click.group(
-    cls=LazyGroup.of({"img": "blockemu.cli.img:img", "serve": "blockemu.cli.serve:serve"}),
+    cls=LazyGroup.of(
+        {
+            "img": "blockemu.cli.img:img",
+            "nbd": "blockemu.cli.nbd:nbd",
+            "serve": "blockemu.cli.serve:serve",
+        }
+    ),
     epilog=EPILOG,
 )
 @click.version_option(blockemu.__version__, "-V", "--version", message="%(prog)s %(version)s")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from blockemu.drivers.nbd.protocol import Command, CommandFlag, NbdError
 from blockemu.nbd.reply_style import Failure
+from blockemu.nbd.resize import check_resize
 
 if TYPE_CHECKING:
     from blockemu.limits import Limits
@@ -26,6 +27,7 @@ TRIM: Final = int(Command.NBD_CMD_TRIM)
 CACHE: Final = int(Command.NBD_CMD_CACHE)
 WRITE_ZEROES: Final = int(Command.NBD_CMD_WRITE_ZEROES)
 BLOCK_STATUS: Final = int(Command.NBD_CMD_BLOCK_STATUS)
+RESIZE: Final = int(Command.NBD_CMD_RESIZE)
 
 FUA: Final = int(CommandFlag.NBD_CMD_FLAG_FUA)
 NO_HOLE: Final = int(CommandFlag.NBD_CMD_FLAG_NO_HOLE)
@@ -82,6 +84,8 @@ def check(
     `flags` as the client sent them. A request of no length is fine and does nothing.
     """
     export, style = session.export, session.style
+    if command == RESIZE and export.resizable:
+        return check_resize(export, flags, length)
     allowed = _FLAGS_ALLOWED.get(command)
     if allowed is None:
         return Failure(NbdError.NBD_EINVAL, f"there is no {name_of(command)} here")
@@ -115,7 +119,8 @@ def check(
         return Failure(error, f"{name_of(command)} of {length} bytes: at most {most} at once")
     size = export.backend.length_bytes
     if offset + length > size:
-        error = NbdError.NBD_ENOSPC if command in (WRITE, WRITE_ZEROES) else NbdError.NBD_EINVAL
+        no_space = command in (WRITE, WRITE_ZEROES) or export.resizable
+        error = NbdError.NBD_ENOSPC if no_space else NbdError.NBD_EINVAL
         text = f"{name_of(command)} of {length} bytes at {offset} goes past the end, {size}"
         return Failure(error, text, max(offset, size) if length else None)
     return None

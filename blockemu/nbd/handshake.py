@@ -100,10 +100,21 @@ def parse_name(data: bytes, *, name_length_max: int) -> str:
 
 
 class Negotiation:
-    """One client's way through negotiation: `run` it once."""
+    """One client's way through negotiation: `run` it once.
 
-    def __init__(self, stream: NegotiationStream, exports: ExportTable, limits: Limits) -> None:
+    `lists`: clients of this listener may ask what there is (LIST). All others must know.
+    """
+
+    def __init__(
+        self,
+        stream: NegotiationStream,
+        exports: ExportTable,
+        limits: Limits,
+        *,
+        lists: bool = True,
+    ) -> None:
         self._stream = stream
+        self._lists = lists
         self._exports = exports
         self._limits = limits
         self._no_zeroes = False
@@ -126,8 +137,18 @@ class Negotiation:
     async def run(self) -> Session | None:
         """What was agreed on, or None when the client took its leave.
 
+        With a session comes one of its export's places for clients: whoever gets it gives that back
+        (`export.clients`) at the client's end.
         Suspends: whenever the client is waited for. Raises: NegotiationError.
         """
+        try:
+            return await self._haggle()
+        except BaseException:
+            if self._session is not None:
+                self._session.export.clients -= 1
+            raise
+
+    async def _haggle(self) -> Session | None:
         flags = HandshakeFlag.NBD_FLAG_FIXED_NEWSTYLE | HandshakeFlag.NBD_FLAG_NO_ZEROES
         await self._stream.send(GREETING.pack(NBDMAGIC, IHAVEOPT, flags))
         (client_flags,) = CLIENT_FLAGS.unpack(await self._stream.receive(CLIENT_FLAGS.size))
@@ -195,12 +216,20 @@ class Negotiation:
         export = self._exports.get(name)
         if export is None:
             raise NegotiationError(f"no export {name!r}")
-        contexts = self._contexts.on(export)
-        flags = transmission_flags(export, self._style, contexts)
+        refusal = export.refusal(self._limits.export_connections_max)
+        if refusal is not None:
+            raise NegotiationError(refusal)
+        session = self._choose(export)
+        flags = transmission_flags(export, self._style, session.contexts)
         reply = EXPORT_NAME_REPLY.pack(export.backend.length_bytes, flags)
         await self._stream.send(reply if self._no_zeroes else reply + EXPORT_NAME_ZEROES)
-        self._session = Session(export, self._style, contexts)
         return False
+
+    def _choose(self, export: Export) -> Session:
+        """The client gets in, on these terms, unless it doesn't live to hear of it."""
+        export.clients += 1
+        self._session = Session(export, self._style, self._contexts.on(export))
+        return self._session
 
     async def _abort(self, option: int, data: bytes) -> bool:
         try:
@@ -212,7 +241,12 @@ class Negotiation:
     async def _list(self, option: int, data: bytes) -> bool:
         if data:
             raise InvalidOption("LIST takes no data")
+        if not self._lists:
+            await self._reply(option, Reply.NBD_REP_ERR_POLICY, b"exports aren't listed here")
+            return True
         for export in self._exports.list():
+            if export.hidden:
+                continue
             name = export.name.encode()
             entry = struct.pack(">I", len(name)) + name + export.description.encode()
             await self._reply(option, Reply.NBD_REP_SERVER, entry)
@@ -281,25 +315,29 @@ class Negotiation:
         return True
 
     async def _go(self, option: int, data: bytes) -> bool:
-        export = await self._describe(option, data)
-        if export is None:
-            return True
-        self._session = Session(export, self._style, self._contexts.on(export))
-        return False
+        return not await self._describe(option, data, enter=True)
 
-    async def _describe(self, option: int, data: bytes) -> Export | None:
+    async def _describe(self, option: int, data: bytes, *, enter: bool = False) -> bool:
+        """Tell about an export, and let the client in if it wants to `enter`; whether that went
+        well."""
         request = parse_info_request(data, name_length_max=self._limits.name_length_max)
         export = self._exports.get(request.name)
         if export is None:
             await self._unknown(option, request.name)
-            return None
+            return False
+        if enter:
+            refusal = export.refusal(self._limits.export_connections_max)
+            if refusal is not None:
+                await self._reply(option, Reply.NBD_REP_ERR_POLICY, refusal.encode())
+                return False
+            self._choose(export)
         replies = [
             self._encode(option, Reply.NBD_REP_INFO, item)
             for item in self._info_items(export, request.items)
         ]
         replies.append(self._encode(option, Reply.NBD_REP_ACK))
         await self._stream.send(b"".join(replies))
-        return export
+        return True
 
     async def _unknown(self, option: int, name: str) -> None:
         text = f"no export named '{name[:64]}'" if name else "no default export"

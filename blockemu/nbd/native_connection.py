@@ -234,10 +234,10 @@ class NativeConnection(BaseConnection):
         if direct_map is None or buffer is None or request.command not in WITH_DATA:
             return False
         if request.command == READ:
-            host = direct_map.lookup_read(request.offset, request.length)
+            host = direct_map.find_read(request.offset, request.length)
             start = direct_map.file.start_read
         else:
-            host = direct_map.lookup_write(request.offset, request.length)
+            host = direct_map.find_write(request.offset, request.length)
             start = direct_map.file.start_write
         if host < 0:
             return False
@@ -291,5 +291,6 @@ def native_limits(limits: Limits, style: ReplyStyle) -> Any:
             "unsent_bytes_max": limits.unsent_bytes_max,
             "round_requests_max": limits.round_requests_max,
             "round_bytes_max": limits.round_bytes_max,
+            "status_reply_bytes_max": limits.status_reply_bytes_max,
         },
     )

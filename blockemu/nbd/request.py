@@ -17,21 +17,20 @@ from typing import TYPE_CHECKING
 from blockemu.drivers.driver import RequestFlags
 from blockemu.drivers.nbd.protocol import NbdError, error_of_errno
 from blockemu.loop.coroutine import Cancelled
-from blockemu.nbd import block_status
+from blockemu.nbd import block_status, long_range
 from blockemu.nbd.commands import (
     BLOCK_STATUS,
-    CACHE,
     FAST_ZERO,
     FLUSH,
     FUA,
-    NO_HOLE,
     READ,
-    TRIM,
+    RESIZE,
     WRITE,
-    WRITE_ZEROES,
     data_bytes,
 )
 from blockemu.nbd.reply_style import Failure
+from blockemu.nbd.resize import resize_export
+from blockemu.nbd.sparse_read import PieceError, may_have_holes, read_around_holes
 
 if TYPE_CHECKING:
     from blockemu.drivers.direct_map import DirectMap, Pin
@@ -39,9 +38,6 @@ if TYPE_CHECKING:
     from blockemu.nbd.connection import BaseConnection
 
 log = logging.getLogger(__name__)
-
-PREFETCH_BYTES = 1 << 20
-"""What a CACHE request reads at once: all the memory that it takes, however long it is."""
 
 
 class Request:
@@ -125,7 +121,8 @@ class Request:
         try:
             await self._ask_backend()
         except OSError as error:
-            failure = Failure(error_of_errno(error.errno), error.strerror or "")
+            at = error.at if isinstance(error, PieceError) else None
+            failure = Failure(self._error_of(error), error.strerror or "", at)
             log.debug("%r: request failed: %s", self.connection, error)
         except Cancelled:
             failure = Failure(NbdError.NBD_ESHUTDOWN, "the server is shutting down")
@@ -134,48 +131,38 @@ class Request:
             log.exception("%r: request failed for a reason of our own", self.connection)
         self.connection.finish_request(self, failure)
 
+    def _error_of(self, failure: OSError) -> NbdError:
+        """What the graph's error is to a client. Two values have a meaning for clients that isn't
+        the graph's: ENOTSUP, of FAST_ZERO, and EOVERFLOW, of lengths ("Error values")."""
+        error = error_of_errno(failure.errno)
+        if error == NbdError.NBD_ENOTSUP and self.flags & FAST_ZERO:
+            return error
+        if error in (NbdError.NBD_ENOTSUP, NbdError.NBD_EOVERFLOW):
+            return NbdError.NBD_EINVAL
+        return error
+
     async def _ask_backend(self) -> None:
         backend = self.connection.export.backend
         command, offset, length = self.command, self.offset, self.length
         flags = RequestFlags.FUA if self.flags & FUA else RequestFlags.NONE
         if command == FLUSH:
             await backend.flush()
+        elif command == RESIZE:
+            await resize_export(self.connection.export, offset)
         elif not length:
             return
         elif command == READ:
+            if may_have_holes(self):
+                self.answer = await read_around_holes(self)
+                if self.answer is not None:
+                    return
             if self.buffer is None:
                 self.buffer = self.connection.pool.take(length)
             await backend.preadv(offset, self.buffer.view[:length])
         elif command == WRITE:
             assert self.buffer is not None
             await backend.pwritev(offset, self.buffer.view[:length], flags)
-        elif command == WRITE_ZEROES:
-            if not self.flags & NO_HOLE:
-                flags |= RequestFlags.MAY_UNMAP
-            if self.flags & FAST_ZERO:
-                flags |= RequestFlags.NO_FALLBACK
-            await backend.pwrite_zeroes(offset, length, flags)
-        elif command == CACHE:
-            await self._prefetch()
         elif command == BLOCK_STATUS:
             self.answer = await block_status.answer(self)
         else:
-            assert command == TRIM, command
-            await backend.pdiscard(offset, length)
-            if flags & RequestFlags.FUA:
-                await backend.flush()
-
-    async def _prefetch(self) -> None:
-        """Read the range and let go of it: what lies below, such as a page cache, may keep it.
-
-        Suspends: for each piece. A client that has gone ends it.
-        """
-        connection, offset, end = self.connection, self.offset, self.offset + self.length
-        while offset < end and connection.wants_answers:
-            piece = min(PREFETCH_BYTES, end - offset)
-            buffer = connection.pool.take(piece)
-            try:
-                await connection.export.backend.preadv(offset, buffer.view[:piece])
-            finally:
-                connection.pool.give(buffer)
-            offset += piece
+            await long_range.carry_out(self)

@@ -47,25 +47,37 @@ class NbdServer:
         self._ctx = ctx
         self._exports = exports
         self._limits = limits
-        self._listeners: list[socket.socket] = []
+        self._listeners: dict[socket.socket, bool] = {}
         self._negotiating: set[NegotiationStream] = set()
         self._connections: set[BaseConnection] = set()
         self._accepting = False
+        # The host is out of descriptors or memory, and the timer runs.
+        self._exhausted = False
+        # Since when that is so, as was logged; None when the last client was accepted.
+        self._exhausted_since_ns: int | None = None
         self._closing = False
+        self._on_last_gone: Callable[[], None] | None = None
+        self._has_served = False
         self._left = WaitQueue()
-        self._retry = ctx.new_timer(self._update_accepting)
+        self._retry = ctx.new_timer(self._try_again)
 
     @property
     def connection_count(self) -> int:
         """Clients that are connected, in whichever phase."""
         return len(self._negotiating) + len(self._connections)
 
-    def listen(self, sock: socket.socket) -> None:
-        """Accept clients on `sock`, which is bound, listening and non-blocking, and ours now."""
+    def listen(self, sock: socket.socket, *, lists: bool = True) -> None:
+        """Accept clients on `sock`, which is bound, listening and non-blocking, and ours now.
+        `lists`: they are told what there is, if they ask."""
         assert not self._closing
-        self._listeners.append(sock)
+        self._listeners[sock] = lists
         self._watch(sock, self._accepting)
         self._update_accepting()
+
+    def end_with_last_client(self, on_last_gone: Callable[[], None]) -> None:
+        """Accept nobody any more when the last client has left and at least one was served;
+        `on_last_gone` is called then."""
+        self._on_last_gone = on_last_gone
 
     async def close(self) -> None:
         """Stop listening, answer what is in flight, close all connections.
@@ -87,20 +99,29 @@ class NbdServer:
             await self._left.wait()
 
     async def disconnect(self, export: Export) -> None:
-        """Answer what is in flight, close the connections of one export. Suspends: as `close`."""
-        for connection in self._of(export):
-            connection.ctx.schedule_oneshot(connection.close)
-        while self._of(export):
-            await self._left.wait()
+        """Answer what is in flight, close the connections of one export, which is being removed.
 
-    def _of(self, export: Export) -> list[BaseConnection]:
-        return [connection for connection in self._connections if connection.export is export]
+        Suspends: as `close`.
+        """
+        for connection in self._connections:
+            if connection.export is export:
+                connection.ctx.schedule_oneshot(connection.close)
+        await self.left_by_all(export)
+
+    async def left_by_all(self, export: Export) -> None:
+        """Wait until nothing is left of an export's clients. Suspends: until then."""
+        while export.clients:
+            await self._left.wait()
 
     # --- accepting ---
 
     def _update_accepting(self) -> None:
         """Watch the listening sockets, or don't."""
-        accepting = not self._closing and self.connection_count < self._limits.connections_max
+        accepting = (
+            not self._closing
+            and not self._exhausted
+            and self.connection_count < self._limits.connections_max
+        )
         if accepting != self._accepting:
             self._accepting = accepting
             for sock in self._listeners:
@@ -123,34 +144,57 @@ class NbdServer:
             except OSError as error:
                 self._accept_failed(error)
                 return
+            if self._exhausted_since_ns is not None:
+                self._accepts_again()
             sock.setblocking(False)
-            self._begin(sock, peer_name(sock, address))
+            self._begin(sock, peer_name(sock, address), lists=self._listeners[listener])
 
     def _accept_failed(self, error: OSError) -> None:
-        log.warning("can't accept a client: %s", error.strerror)
         if error.errno not in _HOST_EXHAUSTED:
+            log.warning("can't accept a client: %s", error.strerror)
             return
-        self._accepting = False
-        for sock in self._listeners:
-            self._watch(sock, False)
+        if self._exhausted_since_ns is None:
+            self._exhausted_since_ns = self._ctx.now_ns()
+            log.warning(
+                "can't accept clients: %s; %d are connected, the others wait",
+                error.strerror,
+                self.connection_count,
+            )
+        self._exhausted = True
+        self._update_accepting()
         self._retry.arm(self._ctx.now_ns() + ACCEPT_RETRY_NS)
+
+    def _try_again(self) -> None:
+        """Some time has passed, or a descriptor of ours is free."""
+        self._exhausted = False
+        self._retry.cancel()
+        self._update_accepting()
+
+    def _accepts_again(self) -> None:
+        assert self._exhausted_since_ns is not None
+        waited_ns = self._ctx.now_ns() - self._exhausted_since_ns
+        self._exhausted_since_ns = None
+        log.warning("clients are accepted again, after %.1f s", waited_ns / 10**9)
 
     # --- a connection's way ---
 
-    def _begin(self, sock: socket.socket, peer: str) -> None:
-        tune(sock)
+    def _begin(self, sock: socket.socket, peer: str, *, lists: bool) -> None:
+        tune(sock, self._limits.keepalive)
         bytes_max = self._limits.negotiation_bytes_max
         stream = NegotiationStream(sock, self._ctx, bytes_max=bytes_max)
         self._negotiating.add(stream)
         self._update_accepting()
-        self._ctx.spawn(self._negotiate(sock, stream, peer), name="nbd-negotiation")
+        negotiation = Negotiation(stream, self._exports, self._limits, lists=lists)
+        self._ctx.spawn(self._negotiate(sock, stream, negotiation, peer), name="nbd-negotiation")
 
-    async def _negotiate(self, sock: socket.socket, stream: NegotiationStream, peer: str) -> None:
+    async def _negotiate(
+        self, sock: socket.socket, stream: NegotiationStream, negotiation: Negotiation, peer: str
+    ) -> None:
         timer = self._ctx.new_timer(lambda: stream.abort("negotiation took too long"))
         timer.arm(self._ctx.now_ns() + self._limits.negotiation_time_max_ns)
         session = None
         try:
-            session = await Negotiation(stream, self._exports, self._limits).run()
+            session = await negotiation.run()
         except NegotiationError as error:
             log.info("nbd client %s: %s", peer, error)
         except Exception:
@@ -158,11 +202,13 @@ class NbdServer:
         finally:
             timer.cancel()
             self._negotiating.discard(stream)
-            if session is None or self._closing:
+            if session is not None and not self._closing and not session.export.shutting_down:
+                self._hand_over(sock, session, peer)
+            else:
+                if session is not None:
+                    session.export.clients -= 1
                 sock.close()
                 self._gone()
-            else:
-                self._hand_over(sock, session, peer)
 
     def _hand_over(self, sock: socket.socket, session: Session, peer: str) -> None:
         """From here on the socket belongs to the export's context."""
@@ -174,14 +220,20 @@ class NbdServer:
             sock, session, limits=self._limits, on_closed=closed, peer=peer
         )
         self._connections.add(connection)
+        self._has_served = True
         connection.ctx.schedule_oneshot(connection.start)
 
     def _closed(self, connection: BaseConnection) -> None:
         self._connections.discard(connection)
+        connection.export.clients -= 1
         self._gone()
 
     def _gone(self) -> None:
-        self._update_accepting()
+        if self._on_last_gone is not None and self._has_served and not self.connection_count:
+            on_last_gone, self._on_last_gone = self._on_last_gone, None
+            self._closing = True
+            on_last_gone()
+        self._try_again()
         self._left.wake_all()
 
 

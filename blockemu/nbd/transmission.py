@@ -287,10 +287,12 @@ class Connection(BaseConnection):
         elif request.answer is not None:
             replies.add_parts(request.answer, buffer)
             request.buffer = None
-        elif request.command == READ and buffer is not None:
-            replies.add_data(
-                style.read_head(cookie, offset, request.length), buffer, request.length
-            )
+        elif request.command == READ:
+            if buffer is None:
+                replies.add(style.nothing_read(cookie, offset))
+                return
+            head = style.read_head(cookie, offset, request.length)
+            replies.add_data(head, buffer, request.length)
             request.buffer = None
         else:
             replies.add(style.success(cookie, offset))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from blockemu.loop.aio_context import AioContext
+from blockemu.loop.clock import ClockType
 from blockemu.qmp.command import Command, Session
 from blockemu.qmp.commands import COMMANDS
 from blockemu.qmp.monitor import Monitor
@@ -61,6 +62,12 @@ class QmpServer:
         for monitor in list(self.monitors):
             if monitor.session.negotiated:
                 monitor.send(event)
+
+    def broadcast_event(self, name: str, data: dict[str, Any]) -> None:
+        """Send an event, with the time of now."""
+        now_us = self._ctx.now_ns(ClockType.HOST) // 1000
+        timestamp = {"seconds": now_us // 10**6, "microseconds": now_us % 10**6}
+        self.broadcast({"event": name, "data": data, "timestamp": timestamp})
 
     def _accept_all(self) -> None:
         for sock in list(self._listeners):

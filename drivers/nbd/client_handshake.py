@@ -117,11 +117,15 @@ async def negotiate(
     Suspends: for the server. Raises: NegotiationError; RefusedError, where the server said no.
     """
     name = export.encode(errors="surrogateescape")
-    return await _Negotiation(stream, name, meta_context).run()
+    return await Negotiation(stream, name, meta_context).run()
 
 
-class _Negotiation:
-    def __init__(self, stream: NegotiationStream, export: bytes, meta_context: str) -> None:
+class Negotiation:
+    """One negotiation; inspection.py derives from it to ask for more."""
+
+    def __init__(
+        self, stream: NegotiationStream, export: bytes, meta_context: str = BASE_ALLOCATION
+    ) -> None:
         self._stream = stream
         self._export = export
         self._meta_context = meta_context
@@ -318,10 +322,11 @@ def _refuse_if_final(kind: int, data: bytes) -> None:
 
 
 def _refused(kind: int, data: bytes) -> RefusedError:
-    return RefusedError(_refusal(kind, data), may_pass=kind in _MAY_PASS)
+    return RefusedError(refusal(kind, data), may_pass=kind in _MAY_PASS)
 
 
-def _refusal(kind: int, data: bytes) -> str:
+def refusal(kind: int, data: bytes) -> str:
+    """What an error reply means, with what the server says of it."""
     try:
         said = _REFUSALS.get(Reply(kind), "")
     except ValueError:

@@ -102,28 +102,34 @@ class Connector:
         return Connected(sock, facts)
 
     async def _connect_socket(self) -> StreamSocket:
+        if self._address.fd is not None:
+            if self._fd_is_used:
+                reason = "the socket that was handed over is used up, and there is no other"
+                raise RefusedError(reason)
+            self._fd_is_used = True
         try:
-            return await self._open_socket()
+            return await open_socket(self._address)
         except OSError as error:
             said = error.strerror or os.strerror(error.errno or errno.EIO)
             reason = f"connecting to {self._address.server} failed: {said}"
             raise OSError(error.errno, reason) from error
 
-    async def _open_socket(self) -> StreamSocket:
-        address = self._address
-        if address.path is not None:
-            return await connect_unix(address.path)
-        if address.cid is not None:
-            return await connect_vsock(address.cid, address.port)
-        if address.fd is None:
-            return await connect_tcp(
-                address.host, address.port, ipv4=address.ipv4, ipv6=address.ipv6,
-                keep_alive=address.keep_alive,
-            )  # fmt: skip
-        if self._fd_is_used:
-            raise RefusedError("the socket that was handed over is used up, and there is no other")
-        self._fd_is_used = True
+
+async def open_socket(address: NbdAddress) -> StreamSocket:
+    """A connection to the server, on which nothing has been said. Suspends: until it is there.
+
+    Raises: OSError.
+    """
+    if address.path is not None:
+        return await connect_unix(address.path)
+    if address.cid is not None:
+        return await connect_vsock(address.cid, address.port)
+    if address.fd is not None:
         return adopt_stream(address.fd)
+    return await connect_tcp(
+        address.host, address.port, ipv4=address.ipv4, ipv6=address.ipv6,
+        keep_alive=address.keep_alive,
+    )  # fmt: skip
 
 
 def check_same(before: ExportFacts, now: ExportFacts) -> None:

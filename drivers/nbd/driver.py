@@ -92,6 +92,11 @@ class NbdDriver(BlockDriver):
     def length_bytes(self) -> int:
         return self._link.facts.length
 
+    @property
+    def multi_conn(self) -> bool:  # type: ignore[override]
+        """As the server says of itself."""
+        return self._can(TransmissionFlag.NBD_FLAG_CAN_MULTI_CONN)
+
     def _can(self, flag: TransmissionFlag) -> bool:
         return bool(self._link.facts.flags & flag)
 

@@ -11,6 +11,7 @@ watches the clock calls, and by a bound on the bytes taken from it.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from blockemu.loop.coroutine import Future
@@ -55,6 +56,10 @@ class NegotiationStream:
         """Fail what the coroutine waits for, or its next call if it waits for something else."""
         self._aborted = reason
         self._wake()
+
+    def lift_bound(self) -> None:
+        """Negotiation is over, and who reads on has bounds of its own."""
+        self._bytes_left = sys.maxsize
 
     async def receive(self, length: int) -> bytes:
         """Exactly `length` bytes. Suspends: until they are there. Raises: NegotiationError."""

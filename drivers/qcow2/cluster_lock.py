@@ -82,6 +82,12 @@ class ClusterLocks:
         self._exclusive += 1
         return True
 
+    def may_change(self, first: int, last: int) -> bool:
+        """Whether anybody holds any of the clusters alone, or waits to."""
+        return self._exclusive > 0 and any(
+            held.exclusive and held.first <= last and first <= held.last for held in self._ranges
+        )
+
     def release(self, held: ClusterRange) -> None:
         """Let go; whoever waited for this range looks again."""
         del self._ranges[held]

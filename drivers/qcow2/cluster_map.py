@@ -117,7 +117,7 @@ class ClusterMap:
         l1_index = cluster >> self._l2_bits
         if not self.l1.words[l1_index]:
             return Extent(Kind.UNALLOCATED, self._absent_length(l1_index, offset, length))
-        start = self._slice_offset(cluster)
+        start = self.slice_offset(cluster)
         found = self._l2.slices.get(start)
         if found is None:
             found = await self._l2.load(start)
@@ -126,25 +126,28 @@ class ClusterMap:
         return self._extent(found, offset, length)
 
     def peek(self, offset: int, length: int) -> Extent | None:
-        """As `resolve` where that needs no I/O, else None. Suspends: never."""
+        """As `resolve` where that needs no waiting, else None. Suspends: never."""
         cluster = offset >> self._bits
         l1_index = cluster >> self._l2_bits
         if not self.l1.words[l1_index]:
             return Extent(Kind.UNALLOCATED, self._absent_length(l1_index, offset, length))
-        start = self._slice_offset(cluster)
+        start = self.slice_offset(cluster)
         found = self._l2.slices.get(start)
         if found is None:
-            return None
-        self._l2.touch(start)
+            found = self._l2.load_at_once(start)
+            if found is None:
+                return None
+        else:
+            self._l2.touch(start)
         return self._extent(found, offset, length)
 
     async def load(self, cluster: int) -> Slice:
         """The slice with the entry of a guest cluster whose L2 table exists."""
-        return await self._l2.load(self._slice_offset(cluster))
+        return await self._l2.load(self.slice_offset(cluster))
 
     def cached(self, cluster: int) -> Slice | None:
         """As `load` where that needs no I/O, else None. Suspends: never."""
-        return self._l2.cached(self._slice_offset(cluster))
+        return self._l2.cached(self.slice_offset(cluster))
 
     def has_table(self, cluster: int) -> bool:
         return bool(self.l1.words[cluster >> self._l2_bits])
@@ -161,7 +164,11 @@ class ClusterMap:
             l1_index += 1
         return min(end, l1_index << shift) - offset
 
-    def _slice_offset(self, cluster: int) -> int:
+    def slice_offset(self, cluster: int) -> int:
+        """The host offset of the slice with the entry of a guest cluster whose L2 table exists.
+
+        Raises: OSError (EIO for a damaged L1 entry).
+        """
         entry = self.l1.words[cluster >> self._l2_bits]
         table = entry & OFFSET_MASK
         if (
@@ -253,7 +260,7 @@ class ClusterMap:
             await self._overlaps.refuse_table(Structure.ACTIVE_L2, table)
             return
         if entry:
-            self._slice_offset(cluster)  # raises for a damaged entry
+            self.slice_offset(cluster)  # raises for a damaged entry
         place = (self.l1.offset + l1_index * ENTRY_BYTES) >> self._bits
         await self._overlaps.refuse_table(Structure.ACTIVE_L1, place)
         taken = await self._refcounts.allocate(1)

@@ -190,6 +190,8 @@ class Qcow2Driver(BlockDriver):
         first, last = offset >> self._bits, (offset + length - 1) >> self._bits
         held = await image.locks.exclusive(first, last)
         try:
+            if flags & RequestFlags.NO_FALLBACK and not await image.eraser.is_fast(offset, length):
+                raise io_error(errno.ENOTSUP, "zeroes would have to be written")
             may_unmap = bool(flags & RequestFlags.MAY_UNMAP)
             await image.eraser.zero(offset, length, may_unmap=may_unmap)
         finally:
@@ -209,6 +211,11 @@ class Qcow2Driver(BlockDriver):
 
     async def block_status(self, offset: int, length: int) -> BlockStatus:
         return await status.block_status(self.image, offset, length)
+
+    @property
+    def tells_zeroes(self) -> bool:
+        # Of a preallocated image the file would have to be asked. The first answer finds that out.
+        return self.image.preallocated is not True
 
     async def status_runs(self, offset: int, length: int, *, runs_max: int) -> StatusRuns:
         return await status_walk.status_runs(self.image, offset, length, runs_max=runs_max)
@@ -390,9 +397,15 @@ class Qcow2Driver(BlockDriver):
         host = data.mapped_file
         if host is None or self.cluster_size < host.request_alignment:
             return None
+        shown = self.image.reader.shown
         made = DirectMap(
-            host, page_bits=self._bits, length=self.length_bytes, pages_max=self._pages_max
+            host,
+            page_bits=self._bits,
+            length=self.length_bytes,
+            pages_max=self._pages_max,
+            words=None if shown is None else shown.words,
         )
+        made.fill = self.image.reader.fill
         self.image.reader.direct_map = made
         self.image.reader.maps_writes = self.node.maps_writes and data.node.maps_writes
         return made, data.node

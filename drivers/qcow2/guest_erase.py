@@ -28,7 +28,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.errors import io_error
-from blockemu.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, ZERO, Layout
+from blockemu.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, ZERO, Layout, round_up
 
 if TYPE_CHECKING:
     from blockemu.drivers.qcow2.cluster_map import ClusterMap
@@ -62,6 +62,11 @@ class GuestEraser:
         self._mutex = mutex
 
     @property
+    def _unit(self) -> int:
+        """Bytes that have a zero flag of their own."""
+        return self._size
+
+    @property
     def _has_backing(self) -> bool:
         return self._reader.backing is not None
 
@@ -87,6 +92,22 @@ class GuestEraser:
         change = self._unmapped_zero if may_unmap else self._kept_zero
         await self._change(first, last, change, discard=may_unmap)
         await self._write_zero_bytes(last << self._bits, end)
+
+    async def is_fast(self, offset: int, length: int) -> bool:
+        """Whether `zero` would hardly write: at least half of the range is whole units, whose
+        entries change, or all of it reads as zeroes already. Suspends: for metadata."""
+        if not self.has_zeroes:
+            return False
+        unit, end = self._unit, offset + length
+        last = end & -unit if end < self._guest_writer.disk_bytes else end
+        if last - round_up(offset, unit) >= length // 2:
+            return True
+        while offset < end:
+            extent = await self._clusters.resolve(offset, end - offset)
+            if not self._reader.reads_zero(extent, offset):
+                return False
+            offset += extent.length
+        return True
 
     async def discard(self, offset: int, length: int) -> None:
         """Let go of the whole clusters in the range."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.node import NESTED_IMAGES_MAX
+from blockemu.drivers.qcow2.cluster_lock import ClusterLocks
 from blockemu.drivers.qcow2.cluster_map import ClusterMap, Extent, Kind
 from blockemu.loop.coroutine import run_on_fresh_stack
 from blockemu.loop.sync import gather
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from blockemu.drivers.qcow2.guest_data import GuestData
     from blockemu.drivers.qcow2.image_file import ImageFile
     from blockemu.drivers.qcow2.layout import Layout
+    from blockemu.drivers.qcow2.shown_slices import ShownSlices
 
 READS_AT_ONCE = 16
 """Pieces of one request that are read side by side."""
@@ -59,6 +61,10 @@ class GuestReader:
         self.direct_map: DirectMap | None = None
         self.maps_writes = False
         """The direct map may take writes, where a cluster may be written in place."""
+        self.locks = ClusterLocks()
+        """Which guest clusters are being changed."""
+        self.shown: ShownSlices | None = None
+        """What of the L2 cache native code may read by itself; None where it may not."""
         self.used_end: Callable[[], int] = lambda: HOST_CLUSTERS_MAX
         """Behind the last host cluster that was ever in use."""
         self._layout = layout
@@ -81,6 +87,8 @@ class GuestReader:
             if extent.kind is Kind.DATA:
                 await self._data.read(extent.host, view, offset)
                 self.publish(extent, offset)
+                if self.shown is not None and self.direct_map is not None:
+                    self.shown.show(self.direct_map, offset)
             else:
                 await self._read_extent(extent, offset, view)
             return
@@ -95,6 +103,23 @@ class GuestReader:
         for start in range(0, len(pieces), READS_AT_ONCE):
             batch = pieces[start : start + READS_AT_ONCE]
             await gather(*(self._read_extent(*piece) for piece in batch))
+
+    def fill(self, offset: int, length: int) -> None:
+        """Publish the first run of clusters of a range, if it is plain data that nobody is about to
+        change, and finding that out takes no waiting. Suspends: never."""
+        direct_map, bits = self.direct_map, self._layout.cluster_bits
+        if direct_map is None:
+            return
+        if self.locks.may_change(offset >> bits, (offset + length - 1) >> bits):
+            return
+        try:
+            extent = self._clusters.peek(offset, length)
+        except OSError:
+            return  # the request that goes the long way will say it
+        if extent is not None and extent.kind is Kind.DATA:
+            self.publish(extent, offset)
+            if self.shown is not None:
+                self.shown.show(direct_map, offset)
 
     def reads_zero(self, extent: Extent, offset: int) -> bool:
         """Whether all guest bytes of `extent`, from `offset` on, are known to be zeroes."""
@@ -116,12 +141,17 @@ class GuestReader:
             and self._data.takes_writes(host, min(extent.length + inside, PUBLISH_MAX * size))
         )
         publish = self.direct_map.publish
-        # Only what was ever in use: what will be used next is no guest's yet (overlap_check.py).
-        host_end = min(self._data.length, self.used_end() << self._layout.cluster_bits)
+        host_end = self.host_end
         while guest < end and host + size <= host_end:
             publish(guest, host, writable=writable)
             guest += size
             host += size
+
+    @property
+    def host_end(self) -> int:
+        """Behind the last byte of the file that a direct map may lead to: only what was ever in
+        use, since what will be used next is no guest's yet (overlap_check.py)."""
+        return min(self._data.length, self.used_end() << self._layout.cluster_bits)
 
     def is_mapped(self, host: int, length: int) -> bool:
         """Whether the direct map leads into this host range. Slow; suspends: never."""

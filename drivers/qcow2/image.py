@@ -47,6 +47,7 @@ from blockemu.drivers.qcow2.refcount import Refcounts
 from blockemu.drivers.qcow2.refcount_width import RefcountWidth
 from blockemu.drivers.qcow2.repair import repair_dirty
 from blockemu.drivers.qcow2.root_table import ENTRY_BYTES, RootTable
+from blockemu.drivers.qcow2.shown_slices import ShownSlices
 from blockemu.drivers.qcow2.table_cache import TableCache, words_from
 from blockemu.loop.sync import Mutex
 
@@ -201,7 +202,7 @@ def _assemble(
     )  # fmt: skip
     kinds = guest_parts(header, has_data=data_file is not None)
     l2 = kinds.l2_cache(
-        file, typecode="Q", slice_bytes=options.slice_bytes,
+        file, typecode="Q", slice_bytes=options.l2_slice_bytes,
         bytes_max=options.l2_cache_bytes, write_back=writer.write_back,
         ahead_bytes=min(layout.cluster_size, L2_AHEAD_BYTES),
     )  # fmt: skip
@@ -227,9 +228,15 @@ def _assemble(
         layout, file=file, data=data, clusters=clusters, backing=None,
         decompress=decompressor(name, header.compression_type), damage=damage,
     )  # fmt: skip
+    locks = reader.locks = ClusterLocks()
     if data_file is None:
         reader.used_end = lambda: refcounts.used_end
         overlaps.is_mapped = reader.is_mapped
+        if not layout.extended_l2:
+            reader.shown = ShownSlices(
+                clusters, cluster_bits=layout.cluster_bits, l2=l2, locks=locks,
+                host_end=lambda: reader.host_end,
+            )  # fmt: skip
     guest_writer = kinds.guest_writer(
         layout, data=data, clusters=clusters, refcounts=refcounts, writer=writer, reader=reader,
         mutex=mutex, buffers=buffers, disk_bytes=header.size,
@@ -253,7 +260,7 @@ def _assemble(
         name=name, layout=layout, file=file, data=data, header_file=header_file,
         l1=l1, l2=l2, reftable=reftable, blocks=blocks, writer=writer,
         refcounts=refcounts, clusters=clusters, reader=reader, guest_writer=guest_writer,
-        eraser=eraser, compressor=packer, locks=ClusterLocks(), mutex=mutex, mark=mark,
+        eraser=eraser, compressor=packer, locks=locks, mutex=mutex, mark=mark,
         overlaps=overlaps, damage=damage, data_file=data_file, encryption=encryption,
         preallocated=None if data_file is None else data_file.is_raw,
     )  # fmt: skip

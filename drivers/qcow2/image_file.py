@@ -66,6 +66,12 @@ class ImageFile:
             return self.child.preadv(offset, view)
         return self._read_past_end(offset, view)
 
+    def try_read(self, offset: int, view: memoryview) -> bool:
+        """Fill `view` if that needs no waiting, else False: use `read`. Suspends: never."""
+        if self.host_file is None or offset + len(view) > self.length:
+            return False
+        return self.host_file.try_read(offset, view)
+
     async def _read_past_end(self, offset: int, view: memoryview) -> None:
         inside = max(self.length - offset, 0)
         if inside:

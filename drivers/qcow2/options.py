@@ -33,6 +33,9 @@ REFCOUNT_CACHE = "refcount-cache"
 L2_CACHE_MIN = 1024 * 1024
 L2_CACHE_MAX = 32 * 1024 * 1024
 REFCOUNT_CACHE_BYTES = 256 * 1024
+L2_SLICE_BYTES_MAX = 64 * 1024
+"""A slice where the cache covers the disk: none will have to go for another, and what is read from
+a table at once may as well be kept in one piece."""
 
 OVERLAP_CHECK = "overlap-check"
 STRUCTURES = {
@@ -65,7 +68,9 @@ class Options(NamedTuple):
 
     l2_cache_bytes: int
     refcount_cache_bytes: int
+    l2_slice_bytes: int
     slice_bytes: int
+    """Of the refcount cache."""
     pass_discard: bool
     overlap_checks: frozenset[Structure]
 
@@ -87,7 +92,8 @@ def take_options(
     total = take_size(name, options, "cache-size", None)
     l2_bytes = take_size(name, options, "l2-cache-size", None)
     refcount_bytes = take_size(name, options, "refcount-cache-size", None)
-    slice_bytes = take_size(name, options, "l2-cache-entry-size", SLICE_BYTES)
+    slice_given = take_size(name, options, "l2-cache-entry-size", None)
+    slice_bytes = SLICE_BYTES if slice_given is None else slice_given
     pass_discard = take_bool(name, options, "pass-discard-request", default=unmap)
     if slice_bytes < 1 << CLUSTER_BITS_MIN or slice_bytes & (slice_bytes - 1):
         raise ImageError(
@@ -98,15 +104,17 @@ def take_options(
     if refcount_bytes is None:
         refcount_bytes = REFCOUNT_CACHE_BYTES
     share.reserve(REFCOUNT_CACHE, refcount_bytes, least_bytes=refcount_bytes)
+    needed = div_up(size_bytes, layout.cluster_size) * layout.l2_entry_bytes
     if l2_bytes is None:
-        needed = div_up(size_bytes, layout.cluster_size) * layout.l2_entry_bytes
         wanted = min(max(needed, L2_CACHE_MIN), L2_CACHE_MAX)
         l2_bytes = share.reserve(L2_CACHE, wanted, least_bytes=L2_CACHE_MIN)
     else:
         share.reserve(L2_CACHE, l2_bytes, least_bytes=l2_bytes)
-    slice_bytes = min(slice_bytes, layout.cluster_size)
+    slice_bytes = l2_slice_bytes = min(slice_bytes, layout.cluster_size)
+    if slice_given is None and needed <= l2_bytes:
+        l2_slice_bytes = min(L2_SLICE_BYTES_MAX, layout.cluster_size)
     checks = take_overlap_checks(name, options)
-    return Options(l2_bytes, refcount_bytes, slice_bytes, pass_discard, checks)
+    return Options(l2_bytes, refcount_bytes, l2_slice_bytes, slice_bytes, pass_discard, checks)
 
 
 def take_overlap_checks(name: str, options: dict[str, Any]) -> frozenset[Structure]:

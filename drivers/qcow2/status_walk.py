@@ -19,15 +19,19 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from itertools import accumulate
+from operator import sub
 from typing import TYPE_CHECKING, Final
 
 from blockemu.drivers.qcow2.cluster_map import ClusterMap, Extent, Kind
 from blockemu.drivers.qcow2.layout import COMPRESSED, L2_RESERVED, OFFSET_MASK, ZERO
+from blockemu.drivers.qcow2.plain_entries import edges_of, find_data
 from blockemu.drivers.qcow2.preallocation import looks_preallocated
 from blockemu.drivers.status_runs import ALLOCATED, DATA, StatusRuns
 from blockemu.drivers.status_runs import ZERO as READS_ZERO
 
 if TYPE_CHECKING:
+    from array import array
+
     from blockemu.drivers.qcow2.image import Image
     from blockemu.drivers.qcow2.table_cache import Slice
 
@@ -39,6 +43,9 @@ LOOK_BELOW_BYTES: Final = 1 << 30
 
 LOOK_BELOW_RUNS: Final = 256
 """The same, if it is in pieces."""
+
+ROOM_MIN: Final = 16
+"""With room for fewer runs, entries are looked at one by one: the bound may be near."""
 
 _IS_DATA: Final = ALLOCATED | DATA
 _STATES: Final = {
@@ -83,6 +90,7 @@ class _Walk:
         self.below: _Below | None = None
         self._clusters = image.clusters
         self._bits = layout.cluster_bits
+        self._mask = layout.cluster_size - 1
         self._absent = absent
         self._runs_max = runs_max
         self._file = image.file
@@ -113,7 +121,7 @@ class _Walk:
     def _walk_slice(self, found: Slice, position: int, stop: int) -> int:
         """Up to `stop`, which is in the slice or at its end. Returns where it came to; before
         `stop`, it was at a bound, or `below` wants to look. Suspends: never. Raises: OSError."""
-        mask = (1 << self._bits) - 1
+        mask = self._mask
         if self._is_plain and not position & mask and stop - position > mask:
             position = self._walk_plain(found, position, stop & ~mask)
         clusters, runs = self._clusters, self.runs
@@ -131,21 +139,35 @@ class _Walk:
     def _walk_plain(self, found: Slice, position: int, stop: int) -> int:
         """Whole clusters, as long as their entries are plain."""
         first = (position >> self._bits) % self._clusters.slice_entries
-        behind = first + (stop - position >> self._bits)
+        words = found.words[first : first + (stop - position >> self._bits)]
+        below = self.below
+        seen = (0, self._file.length, _IS_DATA) if below is None else below.window
         room = self._runs_max - len(self.runs)
+        if room < ROOM_MIN:
+            return position + self._add_entries(words, seen, room)
+        is_data = find_data(words, odd=self._odd, start=seen[0], end=seen[1] - self._mask)
+        if is_data is None:
+            return position + self._add_entries(words, seen, room)
+        edges = edges_of(is_data, self._mask + 1)[: room + 1]
+        states = [seen[2], self._absent] if is_data[0] else [self._absent, seen[2]]
+        self.runs.extend(list(map(sub, edges[1:], edges)), states)
+        return position + edges[-1]
+
+    def _add_entries(self, words: array[int], seen: tuple[int, int, int], room: int) -> int:
+        """The same, entry by entry. Returns how many bytes of the disk that was."""
         lengths, states = self.runs.lengths, self.runs.states
         last = states[-1] if states else -1
-        size, odd, absent, file_end = 1 << self._bits, self._odd, self._absent, self._file.length
-        below = self.below
-        seen_start, seen_end, seen = (0, file_end, _IS_DATA) if below is None else below.window
-        for word in found.words[first:behind]:
+        size, odd, absent = self._mask + 1, self._odd, self._absent
+        seen_start, seen_end, seen_state = seen
+        added = 0
+        for word in words:
             if word & odd:
                 break
             host = word & OFFSET_MASK
             if not host:
                 state = absent
             elif seen_start <= host and host + size <= seen_end:
-                state = seen
+                state = seen_state
             else:
                 break
             if state == last:
@@ -157,8 +179,8 @@ class _Walk:
                 lengths.append(size)
                 states.append(state)
                 last = state
-            position += size
-        return position
+            added += size
+        return added
 
     def _add(self, extent: Extent) -> int:
         """Enter an extent, and return how much of it; less than all if `below` wants to look."""

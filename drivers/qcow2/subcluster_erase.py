@@ -44,6 +44,10 @@ class SubclusterEraser(GuestEraser):
         super().__init__(layout, **parts)
         self._subcluster_bits = layout.cluster_bits - SUBCLUSTER_SHIFT
 
+    @property
+    def _unit(self) -> int:
+        return 1 << self._subcluster_bits
+
     async def zero(self, offset: int, length: int, *, may_unmap: bool) -> None:
         unit, size = 1 << self._subcluster_bits, self._size
         end = offset + length

@@ -83,7 +83,7 @@ class SubclusterMap(ClusterMap):
         what a direct map may have. Suspends: never."""
         if not self.has_table(cluster):
             return False
-        found = self._l2.slices.get(self._slice_offset(cluster))
+        found = self._l2.slices.get(self.slice_offset(cluster))
         if found is None:
             return False
         index = cluster % self.slice_entries

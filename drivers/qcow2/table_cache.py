@@ -18,7 +18,8 @@ that costs little more than the slice, and a disk that is being read for the fir
 misses less. A full cache reads slices, since what it would throw out for them is wanted.
 
 Eviction takes the least recently used clean slice. If there is none among the oldest, it asks for
-a write-back first, in the proper order.
+a write-back first, in the proper order. Slices that are shown to C (shown_slices.py) are used there
+without our noticing, so one that was is given another turn.
 
 Context: home thread of the node's AioContext. A slice that `load` returned is good until the caller
 next suspends; then it must be asked for again.
@@ -30,7 +31,7 @@ import sys
 from array import array
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from blockemu.loop.coroutine import Future
 
@@ -52,16 +53,31 @@ MERGE_MAX = 1024 * 1024
 _SWAP = sys.byteorder == "little"
 
 
-class Slice:
-    """Part of a table. `words` in native byte order; `dirty` has a bit for each granule."""
+class Shown(Protocol):
+    """That somebody else reads a slice's words where they are."""
 
-    __slots__ = ("dirty", "offset", "words", "writing")
+    def was_used(self) -> bool:
+        """Since this was last asked."""
+        ...
+
+    def hide(self) -> None:
+        """Nobody does, from now on."""
+        ...
+
+
+class Slice:
+    """Part of a table. `words` in native byte order, which stay where they are; `dirty` has a bit
+    for each granule. `shown`: to be hidden before the slice goes. `was_met`: shown_slices.py's."""
+
+    __slots__ = ("dirty", "offset", "shown", "was_met", "words", "writing")
 
     def __init__(self, offset: int, words: array[int]) -> None:
         self.offset = offset
         self.words = words
         self.dirty = 0
         self.writing = 0
+        self.shown: Shown | None = None
+        self.was_met = False
 
 
 class Capture(NamedTuple):
@@ -141,6 +157,11 @@ class TableCache:
         return self._slices_max * self.slice_bytes
 
     @property
+    def has_room(self) -> bool:
+        """Whether another slice can be loaded without another going."""
+        return len(self.slices) + len(self._loading) < self._slices_max
+
+    @property
     def is_dirty(self) -> bool:
         return bool(self._dirty)
 
@@ -184,13 +205,34 @@ class TableCache:
                 self._stale.discard(start)
             done.set_result(None)
 
+    def load_at_once(self, offset: int) -> Slice | None:
+        """As `load`, for a slice that isn't in memory, if nothing need be waited for; else None.
+        Suspends: never."""
+        if offset in self._loading:
+            return None
+        has_room = self.has_room
+        if has_room and self._ahead_bytes > self.slice_bytes:
+            return None  # `load` reads ahead
+        data = bytearray(self.slice_bytes)
+        if not self._file.try_read(offset, memoryview(data)):
+            return None
+        if not has_room and not self._evict_one():
+            return None
+        found = self.slices[offset] = self._slice_from(offset, data)
+        return found
+
+    def around(self, offset: int) -> range:
+        """The places of slices that a miss at `offset` loads at most."""
+        first = offset - offset % self._ahead_bytes
+        return range(first, first + self._ahead_bytes, self.slice_bytes)
+
     def _alone_or_ahead(self, offset: int) -> range:
         """The slices to load when that at `offset` is wanted: it and those around it that aren't
         here, as far as they fit into the cache as it is; else it alone."""
         step = self.slice_bytes
         start, end = offset, offset + step
-        first = offset - offset % self._ahead_bytes
-        last = first + self._ahead_bytes
+        around = self.around(offset)
+        first, last = around.start, around.stop
         room = self._slices_max - len(self.slices) - len(self._loading) - 1
         while end < last and room > 0 and not self._is_here(end):
             end, room = end + step, room - 1
@@ -259,12 +301,15 @@ class TableCache:
             found = self.slices.pop(start, None)
             if found is not None:
                 self._dirty.pop(start, None)
+                _hide(found)
             if start in self._loading:
                 self._stale.add(start)
 
     def forget_all(self) -> None:
         """Forget every slice, changes included. Nothing is being loaded or written."""
         assert not self._loading
+        for found in self.slices.values():
+            _hide(found)
         self.slices.clear()
         self._dirty = {}
 
@@ -324,10 +369,27 @@ class TableCache:
                     return  # all is being read, or changed again: too small a cache for the load
 
     def _evict_one(self) -> bool:
-        for scanned, (offset, found) in enumerate(self.slices.items()):
+        victim: Slice | None = None
+        spared: list[Slice] = []
+        for scanned, found in enumerate(self.slices.values()):
             if not found.dirty and not found.writing:
-                del self.slices[offset]
-                return True
+                if found.shown is None or not found.shown.was_used():
+                    victim = found
+                    break
+                spared.append(found)
             if scanned >= EVICT_SCAN_MAX:
                 break
-        return False
+        for found in spared:
+            self.slices.move_to_end(found.offset)
+        if victim is None:
+            if not spared:
+                return False
+            victim = spared[0]
+        del self.slices[victim.offset]
+        _hide(victim)
+        return True
+
+
+def _hide(found: Slice) -> None:
+    if found.shown is not None:
+        found.shown.hide()

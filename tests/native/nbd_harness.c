@@ -16,6 +16,8 @@
 
 #include "nbd_model.h"
 
+#include "nbd_replies.h"
+
 #include "nbd_input.h"
 
 #include "nbd_session.h"
@@ -32,11 +34,12 @@ enum {
 #define AIO_WAIT_NS (INT64_C(20) * 1000000000) /* for an answer of the kernel's */
 
 static struct nbd_limits const all_limits[] = {
-    /* request, discard, in flight, parts, bytes in flight, unsent, requests and bytes per round */
-    {256 << 10, 300 << 10, 16, 64, 512 << 10, 128 << 10, 16, 256 << 10},
-    {70 << 10, 140 << 10, 4, 8, 80 << 10, 20 << 10, 3, 64 << 10},
-    {8 << 10, 16 << 10, 2, 2, 6 << 10, 4 << 10, 1, 1},
-    {128 << 10, 64 << 10, 128, 512, 256 << 10, 64 << 10, 128, 2 << 20},
+    /* request, discard, in flight, parts, bytes in flight, unsent, requests and bytes per round,
+     * answer to a BLOCK_STATUS */
+    {256 << 10, 300 << 10, 16, 64, 512 << 10, 128 << 10, 16, 256 << 10, 2 << 10},
+    {70 << 10, 140 << 10, 4, 8, 80 << 10, 20 << 10, 3, 64 << 10, 2 << 10},
+    {8 << 10, 16 << 10, 2, 2, 6 << 10, 4 << 10, 1, 1, 2 << 10},
+    {128 << 10, 64 << 10, 128, 512, 256 << 10, 64 << 10, 128, 2 << 20, 2 << 10},
 };
 
 /* --- the input --- */
@@ -101,20 +104,24 @@ static void client_leave(struct client *client)
     client->is_shut = 1;
 }
 
-static void put_header(uint8_t *header, unsigned flags, unsigned command, uint64_t offset,
-                       uint32_t length)
+static void put_header(const struct client *client, uint8_t *header, uint16_t flags,
+                       uint16_t command, uint64_t offset, uint64_t length)
 {
-    const uint32_t magic = htobe32(NBD_REQUEST_MAGIC), long_length = htobe32(length);
-    const uint16_t short_flags = htobe16((uint16_t)flags);
-    const uint16_t short_command = htobe16((uint16_t)command);
+    int is_extended = client->style == NBD_STYLE_EXTENDED;
+    const uint32_t magic = htobe32(is_extended ? 0x21e41c71u : 0x25609513u);
+    const uint32_t short_length = htobe32((uint32_t)length);
+    const uint64_t long_length = htobe64(length);
 
+    flags = htobe16(flags);
+    command = htobe16(command);
     offset = htobe64(offset);
     memcpy(header, &magic, 4);
-    memcpy(header + 4, &short_flags, 2);
-    memcpy(header + 6, &short_command, 2);
+    memcpy(header + 4, &flags, 2);
+    memcpy(header + 6, &command, 2);
     memset(header + 8, 0, 8); /* stamp_cookie() */
     memcpy(header + 16, &offset, 8);
-    memcpy(header + 24, &long_length, 4);
+    memcpy(header + 24, is_extended ? (const void *)&long_length : &short_length,
+           is_extended ? 8 : 4);
 }
 
 /* Whose bytes differ from other requests', nearly all. */
@@ -136,26 +143,37 @@ static void append_request(struct client *client, struct input *input, int damag
     static const uint16_t all_flags[] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 0x8001};
     static const uint32_t lengths[] = {512, 4096, 1, 511, 8192, 16384, 1000, 61440, 4096, 65536,
                                        65537, 100000, 200000, 0, 300 << 10, UINT32_MAX};
-    static uint8_t bytes[NBD_REQUEST_BYTES + (512 << 10)];
+    static uint8_t bytes[32 + (512 << 10)];
+    uint32_t head = header_bytes(client);
     uint8_t what = take_byte(input), where = take_byte(input), how_much = take_byte(input);
     uint16_t command = what == 0xff ? NBD_DISC : commands[what & 15];
-    uint32_t length = lengths[how_much & 15] + 512u * (how_much >> 4);
+    uint64_t length = lengths[how_much & 15] + UINT64_C(512) * (how_much >> 4);
+    uint16_t flags = all_flags[what >> 4];
     uint64_t offset = (where & 127) * UINT64_C(4096) + (where & 128 ? (how_much & 1 ? 1 : 512) : 0);
 
     if (where == 0xff)
         offset = UINT64_MAX - 100;
     else if (command == NBD_FLUSH && where < 0xc0)
         offset = length = 0;
-    put_header(bytes, all_flags[what >> 4], command, offset, length);
+    if (client->style == NBD_STYLE_EXTENDED) {
+        if (length >= UINT32_MAX)
+            length = how_much & 16 ? UINT64_MAX : UINT64_C(1) << 62;
+        if ((command == NBD_WRITE) != (where == 0xfe)) /* nearly always as it should be */
+            flags |= 32;
+    } else {
+        length &= UINT32_MAX;
+    }
+    put_header(client, bytes, flags, command, offset, length);
     if (damaged) {
-        uint8_t place = take_byte(input) % NBD_REQUEST_BYTES;
+        uint8_t place = take_byte(input) % head;
 
         bytes[place] = take_byte(input);
     }
-    if (command != NBD_WRITE || length > sizeof bytes - NBD_REQUEST_BYTES)
+    if ((client->style == NBD_STYLE_EXTENDED ? !(flags & 32) : command != NBD_WRITE) ||
+        length > sizeof bytes - head)
         length = 0;
-    memcpy(bytes + NBD_REQUEST_BYTES, payload_of(client->request_count), length);
-    append(client, bytes, NBD_REQUEST_BYTES + length);
+    memcpy(bytes + head, payload_of(client->request_count), length);
+    append(client, bytes, head + (uint32_t)length);
 }
 
 static void append_raw(struct client *client, struct input *input)
@@ -203,7 +221,7 @@ static void do_other(uint32_t who, unsigned operation, struct input *input)
     case OP_FINISH:
         first = take_byte(input), second = take_byte(input);
         if (session->fault_count > 0)
-            answer(who, first % session->fault_count, second & 1 ? 1 + second : 0);
+            answer(who, first % session->fault_count, second & 1 ? 1 + second : 0, second >> 1);
         break;
     case OP_FINISH_ALL: answer_all(who); break;
     case OP_QUIET:
@@ -369,7 +387,8 @@ static void open_client(struct client *client, const struct nbd_limits *limits, 
     client->parsed = client->end_at = client->end_by = 0;
     client->end = client->is_shut = 0;
     client->request_count = client->sent_count = client->replied_count = 0;
-    client->reply_count = client->data_count = 0;
+    client->head_count = client->reply_error = 0;
+    client->payload_bytes = client->payload_count = client->data_count = 0;
     client->reply_request = NULL;
 }
 
@@ -384,7 +403,8 @@ static void open_connection(uint32_t who, const struct nbd_limits *limits, int h
     open_client(&clients[who], limits, fds[0]);
     memset(session, 0, sizeof *session);
     session->fd = fds[1];
-    session->connection = nbd_open(poll_now, fds[1], who + 1, limits, &session->statistics);
+    session->connection = nbd_open(poll_now, fds[1], who + 1, limits, &session->statistics,
+                                   clients[who].style);
     CHECK(session->connection != NULL);
     nbd_set_map(session->connection, has_map ? disk.map : NULL, is_writable);
     nbd_resume(session->connection);
@@ -405,6 +425,8 @@ static int begin(struct input *input)
     is_writable = !(first & SET_READ_ONLY);
     session_count = first & SET_TWO ? 2 : 1;
     clients[1].sent_count = clients[1].request_count = 0;
+    clients[0].style = (fourth & SET_STYLE) / 8 % 3;
+    clients[1].style = (clients[0].style + 1) % 3;
     for (uint32_t who = 0; who < session_count; who++)
         open_connection(who, &all_limits[second & 3], first & SET_SMALL_BUFFER);
     return (fourth & SET_ABRUPT) == SET_ABRUPT;
@@ -494,8 +516,8 @@ static void check_settled(const struct session *session, const struct client *cl
         CHECK(session->is_stopped || session->end != 0 || session->has_failed);
         return;
     }
-    CHECK(session->connection->replies_first == NULL && client->reply_count == 0 &&
-          client->reply_request == NULL);
+    CHECK(session->connection->replies_first == NULL && client->head_count == 0 &&
+          client->payload_bytes == 0 && client->reply_request == NULL);
     for (uint32_t i = 0; i < client->sent_count; i++)
         CHECK(client->requests[i].state == REPLIED || client->requests[i].state == SENT_OR_NOT);
     if (session->is_stopped)

@@ -20,6 +20,7 @@ enum setting {
     /* The fourth. */
     SET_ABRUPT = 0x03, /* if both: the connections are closed in the middle of it all */
     SET_DEEP = 0x04,   /* many slots for AIO: batches are full before slots run out */
+    SET_STYLE = 0x18,  /* enum nbd_style of the first client, modulo 3; the second has the next */
 };
 
 /* An operation is its byte modulo OP_COUNT; bit 7 chooses the client. */
@@ -36,7 +37,7 @@ enum operation {
     OP_SLEEP, /* until there is work for Python, or a moment is over */
     OP_READ, /* count: the client takes up to that much */
     OP_READ_ALL,
-    OP_FINISH,     /* which, error: a fault is answered */
+    OP_FINISH,     /* which, error or in how many chunks: a fault is answered */
     OP_FINISH_ALL, /* the last first, all well */
     OP_QUIET,
     OP_SILENCE,

@@ -104,9 +104,10 @@ struct request {
     uint64_t offset;
     uint64_t header_at; /* in the stream */
     uint64_t end_at;
-    uint32_t length;
+    uint64_t length;
     uint16_t command;
-    uint16_t flags;
+    uint16_t flags; /* as they were sent */
+    uint8_t has_payload;
     uint8_t dropped;
     enum request_state state;
     uint32_t error;       /* which its fault was answered with */
@@ -130,10 +131,14 @@ struct client {
     uint32_t sent_count; /* of requests, in order, whose headers are sent */
     uint32_t replied_count;
 
-    uint8_t reply[NBD_REPLY_BYTES]; /* the one that is coming in */
-    uint32_t reply_count;
-    struct request *reply_request; /* whose data follows */
-    uint32_t data_count;
+    int style;         /* enum nbd_style */
+    uint8_t head[32];  /* of the message that is coming in */
+    uint32_t head_count;
+    uint8_t payload[GUEST_BYTES + 64]; /* behind it */
+    uint64_t payload_bytes, payload_count;
+    struct request *reply_request; /* to whose reply more messages belong, or NULL */
+    uint64_t data_count;           /* bytes of a READ that are there */
+    uint32_t reply_error;
     uint8_t data[GUEST_BYTES];
 };
 
@@ -162,10 +167,25 @@ static void stamp_cookie(struct client *client)
         client->stream[client->parsed + 8 + i] = ((const uint8_t *)&cookie)[i];
 }
 
+static uint32_t header_bytes(const struct client *client)
+{
+    return client->style == NBD_STYLE_EXTENDED ? 32 : 28;
+}
+
 static void stream_ends(struct client *client, enum nbd_event end)
 {
     client->end = end;
-    client->end_at = client->end_by = client->parsed + NBD_REQUEST_BYTES;
+    client->end_at = client->end_by = client->parsed + header_bytes(client);
+}
+
+/* Whether a payload is dropped: Python takes small ones of any command. */
+static int is_dropped(const struct client *client, const struct request *request)
+{
+    uint64_t taken_max = client->limits.request_length_max;
+
+    if (request->command != NBD_WRITE && taken_max > NBD_WAIT_BYTES_MAX)
+        taken_max = NBD_WAIT_BYTES_MAX;
+    return request->has_payload && request->length > taken_max;
 }
 
 /* Reads the header at `parsed`. */
@@ -173,30 +193,29 @@ static void note_request(struct client *client)
 {
     const uint8_t *header = client->stream + client->parsed;
     struct request *request = &client->requests[client->request_count];
+    int is_extended = client->style == NBD_STYLE_EXTENDED;
 
     *request = (struct request){
         .flags = nbd_get16(header + 4),
         .command = nbd_get16(header + 6),
         .offset = nbd_get64(header + 16),
-        .length = nbd_get32(header + 24),
+        .length = is_extended ? nbd_get64(header + 24) : nbd_get32(header + 24),
         .header_at = client->parsed,
-        .end_at = client->parsed + NBD_REQUEST_BYTES,
+        .end_at = client->parsed + header_bytes(client),
     };
-    if (nbd_get32(header) != NBD_REQUEST_MAGIC) {
+    request->has_payload = is_extended ? (request->flags & 32) != 0 : request->command == NBD_WRITE;
+    request->dropped = (uint8_t)is_dropped(client, request);
+    if (nbd_get32(header) != (is_extended ? 0x21e41c71u : 0x25609513u)) {
         stream_ends(client, NBD_BAD_MAGIC);
     } else if (request->command == NBD_DISC) {
         stream_ends(client, NBD_DISCONNECT);
-    } else if (request->command == NBD_WRITE &&
-               request->length > client->limits.request_length_max &&
-               request->length > client->limits.discard_length_max) {
+    } else if (request->dropped && request->length > client->limits.discard_length_max) {
         stream_ends(client, NBD_TOO_LONG);
         if (request->length <= NBD_WAIT_BYTES_MAX) /* which are looked at when they are whole */
             client->end_by += request->length;
     } else {
-        if (request->command == NBD_WRITE) {
-            request->dropped = request->length > client->limits.request_length_max;
+        if (request->has_payload)
             request->end_at += request->length;
-        }
         client->parsed = request->end_at;
         client->request_count++;
     }
@@ -212,7 +231,7 @@ static int append(struct client *client, const void *bytes, uint32_t length)
     client->stream_length += length;
     while (client->end == 0 && client->parsed < client->stream_length) {
         stamp_cookie(client);
-        if (client->stream_length - client->parsed < NBD_REQUEST_BYTES)
+        if (client->stream_length - client->parsed < header_bytes(client))
             break;
         note_request(client);
     }
@@ -226,7 +245,7 @@ static void note_sent(struct client *client, uint32_t count)
     while (client->sent_count < client->request_count) {
         struct request *request = &client->requests[client->sent_count];
 
-        if (request->header_at + NBD_REQUEST_BYTES > client->sent)
+        if (request->header_at + header_bytes(client) > client->sent)
             break;
         request->sent_step = step;
         client->sent_count++;
@@ -248,13 +267,13 @@ static int could_be(const struct client *writer, const struct request *write, ui
     const uint8_t *content = base + host_offset(at);
 
     if (write != NULL)
-        content = writer->stream + write->header_at + NBD_REQUEST_BYTES + (at - write->offset);
+        content = writer->stream + write->header_at + header_bytes(writer) + (at - write->offset);
     return memcmp(content, data, end - at) == 0;
 }
 
 static int covers(const struct request *write, uint64_t at)
 {
-    return write->command == NBD_WRITE && !write->dropped && write->offset <= at &&
+    return write->command == NBD_WRITE && write->has_payload && !write->dropped && write->offset <= at &&
            at - write->offset < write->length;
 }
 
@@ -303,7 +322,7 @@ static uint64_t next_boundary(uint64_t at, uint64_t end)
         for (uint32_t i = 0; i < writer->sent_count; i++) {
             const struct request *write = &writer->requests[i];
 
-            if (write->command != NBD_WRITE || write->dropped)
+            if (write->command != NBD_WRITE || !write->has_payload || write->dropped)
                 continue;
             if (write->offset > at && write->offset < end)
                 end = write->offset;
@@ -324,67 +343,5 @@ static void check_data(const struct request *read, const uint8_t *data)
             continue;
         for (uint64_t i = at; i < next; i++) /* WRITEs that overlapped in time may have mixed */
             CHECK(is_legal(read, i, i + 1, data + (i - at)));
-    }
-}
-
-/* --- replies --- */
-
-static void take_reply(struct client *client, struct request *request)
-{
-    request->state = REPLIED;
-    request->replied_step = step;
-    client->replied_count++;
-    client->reply_count = 0;
-    client->reply_request = NULL;
-}
-
-/* The head of a reply is complete. */
-static void take_head(struct client *client)
-{
-    struct request *request = find_request(client, client->reply + 8);
-    uint32_t error = nbd_get32(client->reply + 4);
-
-    CHECK(nbd_get32(client->reply) == NBD_SIMPLE_REPLY_MAGIC);
-    CHECK(is_sent(client, request));
-    CHECK(request->state == SENT_OR_NOT || request->state == FINISHED); /* and so, once */
-    if (request->state == SENT_OR_NOT) { /* native: only plain requests are, and they succeed */
-        CHECK(error == 0 && !request->dropped);
-        CHECK(request->command == NBD_READ || request->command == NBD_WRITE ||
-              request->command == NBD_FLUSH);
-        CHECK(request->flags == 0 || (request->flags == NBD_FLAG_FUA && disk.map->durable &&
-                                      request->command != NBD_READ));
-        CHECK(request->command != NBD_FLUSH || (request->offset == 0 && request->length == 0));
-    } else {
-        CHECK(error == request->error);
-    }
-    if (error == 0 && request->command == NBD_READ && request->length > 0) {
-        client->reply_request = request;
-        client->data_count = 0;
-    } else {
-        take_reply(client, request);
-    }
-}
-
-/* Bytes of the server's have come. */
-static void parse_replies(struct client *client, const uint8_t *bytes, size_t length)
-{
-    while (length > 0) {
-        struct request *request = client->reply_request;
-        uint32_t *count = request != NULL ? &client->data_count : &client->reply_count;
-        uint32_t whole = request != NULL ? request->length : NBD_REPLY_BYTES;
-        size_t part = length < whole - *count ? length : whole - *count;
-
-        memcpy((request != NULL ? client->data : client->reply) + *count, bytes, part);
-        *count += (uint32_t)part;
-        bytes += part;
-        length -= part;
-        if (*count < whole)
-            continue;
-        if (request != NULL) {
-            check_data(request, client->data);
-            take_reply(client, request);
-        } else {
-            take_head(client);
-        }
     }
 }

@@ -44,8 +44,8 @@ static void check_replies(const struct nbd_connection *connection)
     uint32_t parts = 0;
 
     for (const struct nbd_request *r = connection->replies_first; r != NULL; r = r->next) {
-        bytes += NBD_REPLY_BYTES + r->data_bytes;
-        parts += 1 + (r->data_bytes != 0);
+        bytes += r->answer != NULL ? r->answer->bytes : r->head_bytes + r->data_bytes;
+        parts += r->answer != NULL ? r->answer->count : 1 + (r->data_bytes != 0);
     }
     CHECK(connection->unsent_bytes == bytes - connection->head_sent);
     CHECK(connection->unsent_parts == parts);
@@ -90,6 +90,7 @@ static void check_session(const struct session *session)
     CHECK(connection->in_flight <= limits->in_flight_requests_max);
     if (bytes_max < limits->request_length_max)
         bytes_max = limits->request_length_max;
+    bytes_max += limits->status_reply_bytes_max; /* of one that came alone, with a payload */
     CHECK(connection->in_flight_bytes <= bytes_max);
     if (session->is_answered && !session->is_closed)
         CHECK(!nbd_is_busy(connection));
@@ -100,11 +101,14 @@ static void check_session(const struct session *session)
 /* Whether C has all that it needs to serve a request by itself. By the page cache it never does. */
 static int is_plain(const struct nbd_fault *fault, const struct client *client)
 {
-    if (disk.io == MAP_IO_NOWAIT || !has_map || fault->dropped || fault->flags != 0 ||
+    int is_extended = client->style == NBD_STYLE_EXTENDED;
+
+    if (disk.io == MAP_IO_NOWAIT || !has_map || fault->dropped ||
         fault->length > client->limits.request_length_max)
         return 0;
-    return (fault->command == NBD_READ && must_hit(fault->offset, fault->length, 0)) ||
-           (fault->command == NBD_WRITE && is_writable &&
+    return (fault->command == NBD_READ && fault->flags == 0 &&
+            must_hit(fault->offset, fault->length, 0)) ||
+           (fault->command == NBD_WRITE && fault->flags == (is_extended ? 32 : 0) && is_writable &&
             must_hit(fault->offset, fault->length, 1));
 }
 
@@ -119,10 +123,11 @@ static void take_fault(struct session *session, struct client *client, struct nb
     CHECK(fault.offset == request->offset && fault.length == request->length &&
           fault.command == request->command && fault.flags == request->flags &&
           fault.dropped == request->dropped);
-    if (fault.command == NBD_WRITE && fault.length > 0 && !fault.dropped) {
+    CHECK(memcmp(&fault.cookie, native->cookie, 8) == 0);
+    if (request->has_payload && fault.length > 0 && !fault.dropped) {
         CHECK(fault.address != 0);
         CHECK(memcmp((const void *)(uintptr_t)fault.address,
-                     client->stream + request->header_at + NBD_REQUEST_BYTES, fault.length) == 0);
+                     client->stream + request->header_at + header_bytes(client), fault.length) == 0);
     }
     CHECK(fault.retry || !is_plain(&fault, client));
     request->state = FAULTED;
@@ -247,18 +252,22 @@ static void release_now(struct native_poll *poll, struct poll_handler *handler)
 
 /* --- what Python does --- */
 
-/* A fault is answered: as the graph would where `error` is 0 and it can. */
-static void answer(uint32_t who, uint32_t which, uint32_t error)
+/* A fault is answered: as the graph would where `error` is 0 and it can. `how` is for a READ: in
+ * how many chunks, where chunks there are, and how they end. */
+static void answer(uint32_t who, uint32_t which, uint32_t error, unsigned how)
 {
     struct session *session = &sessions[who];
     struct nbd_request *native = session->faults[which];
     struct request *request = find_request(&clients[who], native->cookie);
+    int style = clients[who].style;
+    struct worded worded = {.count = 0};
     struct nbd_fault fault;
 
     nbd_describe(native, &fault);
     if (error == 0 && fault.length > 0 && fault.command <= NBD_WRITE) {
         if (fault.address == 0 || fault.length > GUEST_BYTES ||
-            fault.offset > GUEST_BYTES - fault.length)
+            fault.offset > GUEST_BYTES - fault.length ||
+            (fault.command == NBD_READ) == request->has_payload)
             error = 22;
         else
             serve_by_graph(fault.offset, fault.length, (uint8_t *)(uintptr_t)fault.address,
@@ -268,13 +277,20 @@ static void answer(uint32_t who, uint32_t which, uint32_t error)
     CHECK(request->state == FAULTED);
     request->state = FINISHED;
     request->error = error;
-    nbd_finish(native, error);
+    if (error != 0)
+        word_error(&worded, style, &fault, error);
+    else if (style != NBD_STYLE_SIMPLE && fault.command == NBD_READ && fault.length > 0 && how & 1)
+        word_read(&worded, style, &fault, 1 + (how >> 2) % 5, how & 2);
+    if (worded.count > 0)
+        CHECK(nbd_answer(native, worded.parts, worded.count) == 0);
+    else
+        nbd_finish(native);
 }
 
 static void answer_all(uint32_t who)
 {
     while (sessions[who].fault_count > 0)
-        answer(who, sessions[who].fault_count - 1, 0);
+        answer(who, sessions[who].fault_count - 1, 0, sessions[who].fault_count);
 }
 
 static void stop(struct session *session)

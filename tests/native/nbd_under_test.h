@@ -207,6 +207,7 @@ static void release_io(struct native_poll *poll, uint32_t index)
 #define pwrite watched_pwrite
 #define poll_io_start watched_io_start
 #include "connection.h"
+#include "headers.c"
 #include "requests.c"
 #include "plain_io.c"
 #include "replies.c"

@@ -45,6 +45,25 @@ class NbdInfo:
         return found
 
     @staticmethod
+    def map(uri: str, context: str) -> list[tuple[int, int, int]]:
+        """``--map`` of a meta context: (offset, length, state), neighbours that are alike as
+        one."""
+        found: list[tuple[int, int, int]] = []
+        listing = run_tool(["nbdinfo", f"--map={context}", "--json", uri]).stdout
+        for extent in json.loads(listing):
+            offset, length, state = extent["offset"], extent["length"], extent["type"]
+            if found and found[-1][2] == state:
+                offset, length = found[-1][0], found[-1][1] + length
+                found.pop()
+            found.append((offset, length, state))
+        return found
+
+    @staticmethod
+    def contexts(uri: str) -> list[str]:
+        """The meta contexts that can be chosen, in their order."""
+        return list(NbdInfo.describe(uri)["contexts"])
+
+    @staticmethod
     def export_names(uri: str) -> list[str]:
         """``--list``."""
         listing = run_tool(["nbdinfo", "--no-content", "--list", "--json", uri]).stdout

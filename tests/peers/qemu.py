@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -185,10 +185,13 @@ class QemuNbd(ServerProcess):
         export: str = "",
         read_only: bool = False,
         shared: int = 0,
-        bitmap: str | None = None,
+        bitmaps: Iterable[str] = (),
+        allocation_depth: bool = False,
     ) -> None:
         command = ["qemu-nbd", "-t", "-f", fmt, "-x", export, "-e", str(shared), "--discard=unmap"]
-        command += ["-B", bitmap] if bitmap is not None else []
+        for bitmap in bitmaps:
+            command += ["-B", bitmap]
+        command += ["-A"] if allocation_depth else []
         command += ["--detect-zeroes=off", *(["-r"] if read_only else []), str(image)]
         super().__init__(command, socket_path=socket_path, export=export)
 

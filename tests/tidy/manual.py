@@ -25,10 +25,12 @@ SHELL_ENDS_COMMAND = {"|", "||", "&", "&&", ";", ">", "<", "2>", ">>", "#"}
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command of the tree: its options by every name that they have, and its sub-commands."""
+    """One command of the tree: its options by every name that they have, its sub-commands, and
+    which of these is meant where none is named."""
 
     options: tuple[tuple[str, ...], ...]
     subcommands: Mapping[str, Command]
+    default: str | None = None
 
     def knows(self, option: str) -> bool:
         """Whether `option` is one of its names; `-n4` is `-n` with its value."""
@@ -45,7 +47,8 @@ def command_tree(command: click.Command) -> Command:
         if isinstance(parameter, click.Option) and not parameter.hidden
     )
     names = command.list_commands(context) if isinstance(command, click.Group) else []
-    return Command(options, {name: command_tree(_get(command, name)) for name in names})
+    default = getattr(command, "default", None) if isinstance(command, click.Group) else None
+    return Command(options, {name: command_tree(_get(command, name)) for name in names}, default)
 
 
 def _get(group: click.Command, name: str) -> click.Command:
@@ -133,6 +136,8 @@ def unknown_words(root: Command, line: str) -> Iterator[str]:
     for word in words:
         if word in SHELL_ENDS_COMMAND:
             return
+        if command.default is not None and word not in (*command.subcommands, "--help", "-h"):
+            command = command.subcommands[command.default]
         option = OPTION.match(word)
         if option is not None and not command.knows(option[0]) and not root.knows(option[0]):
             yield f"in `{line}`: `{called}` has no {option[0]}: correct the page, or add the option"

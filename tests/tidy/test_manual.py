@@ -93,3 +93,19 @@ def test_heading_inside_a_fence_is_no_section() -> None:
 def test_command_lines_are_found_in_code_only() -> None:
     page = "blockemu serve prose\n`blockemu serve inline`\n```\nblockemu serve fenced\n```\n"
     assert list(command_lines(page)) == ["blockemu serve inline", "blockemu serve fenced"]
+
+
+class WithDefault(click.Group):
+    default = "serve"
+
+
+@click.group(cls=WithDefault, commands={"serve": serve})
+def program_with_default() -> None: ...
+
+
+def test_command_that_may_be_left_out_is_understood() -> None:
+    tree = command_tree(click.Group("blockemu", commands={"nbd": program_with_default}))
+    good = "`blockemu nbd -f raw disk`, `blockemu nbd disk`, `blockemu nbd serve disk`"
+    assert list(invented(tree, good, "README.md")) == []
+    [complaint] = invented(tree, "`blockemu nbd --nosuch disk`", "README.md")
+    assert "has no --nosuch" in complaint

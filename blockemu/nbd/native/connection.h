@@ -9,6 +9,7 @@ enum {
     NBD_WRITE = 1,
     NBD_DISC = 2,
     NBD_FLUSH = 3,
+    NBD_BLOCK_STATUS = 7,
     NBD_FLAG_FUA = 1,
     NBD_FLAG_PAYLOAD_LEN = 32,
     NBD_CHUNK_DONE = 1, /* a reply flag */
@@ -61,6 +62,7 @@ struct nbd_request {
     uint8_t has_payload;
     uint8_t retry;
     uint8_t dropped;
+    uint64_t reserved_bytes; /* of an answer that Python is making */
     uint32_t head_bytes;
     uint64_t data_bytes;       /* of the reply, behind its head */
     struct nbd_answer *answer; /* instead of head and data */

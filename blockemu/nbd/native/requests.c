@@ -54,9 +54,19 @@ static int nbd_request_buffer(struct nbd_request *request)
     return 0;
 }
 
+/* An answer that Python makes may be long, and counts as long from the start. */
+static void nbd_reserve_answer(struct nbd_request *request)
+{
+    struct nbd_connection *connection = request->connection;
+    int is_long = request->command == NBD_BLOCK_STATUS;
+
+    request->reserved_bytes = is_long ? connection->limits.status_reply_bytes_max : 0;
+    connection->in_flight_bytes += request->reserved_bytes;
+}
+
 static uint64_t nbd_bytes_held(const struct nbd_request *request)
 {
-    return request->buffer != NULL ? request->length : 0;
+    return request->reserved_bytes + (request->buffer != NULL ? request->length : 0);
 }
 
 /* It is in flight no more, and gets no answer. */

@@ -43,17 +43,28 @@ static int nbd_backed_up(const struct nbd_connection *connection)
             connection->unsent_parts >= connection->limits.unsent_parts_max);
 }
 
+/* What a request takes of in_flight_bytes_max: its data, and an answer that Python makes. */
+static uint64_t nbd_bytes_wanted(const struct nbd_connection *connection, unsigned command,
+                                 int has_data, uint64_t length)
+{
+    uint64_t wanted = has_data ? length : 0;
+
+    if (command == NBD_BLOCK_STATUS && wanted <= connection->limits.in_flight_bytes_max)
+        wanted += connection->limits.status_reply_bytes_max;
+    return wanted;
+}
+
 /* Whether a request must wait for others to end. One alone never has to. */
-static int nbd_must_wait(const struct nbd_connection *connection, unsigned command, uint64_t length)
+static int nbd_must_wait(const struct nbd_connection *connection, uint64_t wanted)
 {
     uint64_t held = connection->in_flight_bytes + connection->unsent_bytes;
 
     if (connection->in_flight >= connection->limits.in_flight_requests_max)
         return 1;
-    if (held == 0 || (command != NBD_READ && command != NBD_WRITE))
+    if (held == 0 || wanted == 0)
         return 0;
-    return length > connection->limits.in_flight_bytes_max ||
-           held > connection->limits.in_flight_bytes_max - length;
+    return wanted > connection->limits.in_flight_bytes_max ||
+           held > connection->limits.in_flight_bytes_max - wanted;
 }
 
 static int nbd_hears(const struct nbd_connection *connection)
@@ -217,6 +228,7 @@ static enum nbd_stop_reason nbd_begin(struct nbd_connection *connection, struct 
     unsigned command = nbd_get16(header + 6);
     uint64_t length = nbd_header_length(header, connection->style);
     int has_payload = nbd_has_payload(header, connection->style);
+    uint64_t wanted;
     struct nbd_request *request;
 
     if (nbd_get32(header) != nbd_request_magic(connection->style)) {
@@ -227,7 +239,8 @@ static enum nbd_stop_reason nbd_begin(struct nbd_connection *connection, struct 
         nbd_end(connection, NBD_DISCONNECT, 0);
         return NBD_STOP_END;
     }
-    if (nbd_must_wait(connection, command, length))
+    wanted = nbd_bytes_wanted(connection, command, has_payload || command == NBD_READ, length);
+    if (nbd_must_wait(connection, wanted))
         return NBD_STOP_BOUND;
     if (has_payload && available < length && length <= NBD_WAIT_BYTES_MAX)
         return NBD_STOP_EMPTY;
@@ -237,6 +250,7 @@ static enum nbd_stop_reason nbd_begin(struct nbd_connection *connection, struct 
         return NBD_STOP_END;
     }
     nbd_read_header(request, header, (uint64_t)connection->poll->now_ns);
+    nbd_reserve_answer(request);
     connection->start += header_bytes;
     budget->requests--;
     if (has_payload) {

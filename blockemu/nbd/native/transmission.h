@@ -46,6 +46,7 @@ struct nbd_limits {
     uint64_t unsent_bytes_max;
     uint32_t round_requests_max;
     uint32_t round_bytes_max;
+    uint64_t status_reply_bytes_max;
 };
 
 enum { NBD_LATENCY_BUCKETS = 40 };

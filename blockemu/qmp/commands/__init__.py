@@ -7,9 +7,18 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from blockemu.qmp.command import Command
-from blockemu.qmp.commands import bitmap, block, export, iothread, monitor, objects
+from blockemu.qmp.commands import (
+    bitmap,
+    block,
+    block_export,
+    export,
+    iothread,
+    monitor,
+    nbd_server,
+    objects,
+)
 
-_MODULES = (monitor, block, bitmap, export, iothread, objects)
+_MODULES = (monitor, block, bitmap, block_export, export, nbd_server, iothread, objects)
 
 COMMANDS: Mapping[str, Command] = MappingProxyType(
     {command.name: command for module in _MODULES for command in module.COMMANDS}

@@ -6,9 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from blockemu.drivers.resize import resize_node
 from blockemu.img.info import image_info
+from blockemu.loop.coroutine import run_in_context
 from blockemu.qmp.command import Command, Session
 from blockemu.qmp.commands.bitmap import describe_bitmaps
+from blockemu.qmp.commands.nodes import find_node
+from blockemu.qmp.errors import QmpError
 from blockemu.qmp.schema import NoArguments
 
 if TYPE_CHECKING:
@@ -20,6 +24,26 @@ class NamedBlockNodesArguments:
     """`flat`: leave the backing images out of each node's `image`."""
 
     flat: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BlockResizeArguments:
+    """Of `block_resize`, whose names have underscores or none. `size` in bytes."""
+
+    size: int
+    device: str = ""
+    node_name: str = ""
+
+
+async def block_resize(session: Session, arguments: BlockResizeArguments) -> dict[str, Any]:
+    """Change the size of a disk while it is in use; also how to take in a file or device that has
+    changed its size by itself. Suspends: until it is done, in the node's context."""
+    device = "" if arguments.node_name else arguments.device
+    node = find_node(session, device=device, node_name=arguments.node_name)
+    if arguments.size < 0:
+        raise QmpError("Parameter 'size' expects a >0 size")
+    await run_in_context(node.ctx, lambda: resize_node(node, arguments.size))
+    return {}
 
 
 async def query_named_block_nodes(
@@ -110,6 +134,7 @@ def _cache(node: BlockDriverState) -> dict[str, Any]:
 
 
 COMMANDS = (
+    Command("block_resize", block_resize, BlockResizeArguments),
     Command("query-named-block-nodes", query_named_block_nodes, NamedBlockNodesArguments),
     Command("x-query-metadata-memory", query_metadata_memory),
 )

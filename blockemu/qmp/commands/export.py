@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 async def query_block_exports(session: Session, arguments: NoArguments) -> list[dict[str, Any]]:
-    """All exports. An export of `serve` has its name as its id."""
+    """All exports, and those that are being removed. One of `serve` has its name as its id."""
     return [
         {
             "node-name": export.backend.node.node_name,
-            "shutting-down": False,
+            "shutting-down": export.shutting_down,
             "type": "nbd",
-            "id": export.name,
+            "id": export.id,
         }
-        for export in session.daemon.exports
+        for export in session.daemon.exports.with_leaving()
     ]
 
 
@@ -29,7 +29,7 @@ async def query_export_stats(session: Session, arguments: NoArguments) -> list[d
     """What clients have asked of each export so far, and how long it took. Not a command of QEMU's:
     members may change."""
     return [
-        {"id": export.name, **describe_statistics(export.statistics.snapshot())}
+        {"id": export.id, **describe_statistics(export.statistics.snapshot())}
         for export in session.daemon.exports
     ]
 

@@ -131,7 +131,7 @@ def test_name_that_is_not_utf8_comes_out_as_it_went_in() -> None:
 
 
 def test_wrong_usage_exits_with_2(capfd: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["serve"], ["nope"], ["serve", "x", "--socket", "s", "--port", "1"]):
+    for arguments in (["serve"], ["nope"], ["serve", "x", "--socket-mode", "660"]):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 2

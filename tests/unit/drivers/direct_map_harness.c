@@ -85,10 +85,10 @@ static void test_random_changes(void)
             count = 0;
             for (uint64_t i = 0; i < PAGES; i++)
                 count += model[i] != 0;
-            CHECK(count == map->count);
+            CHECK(count == map->pages.count);
         }
     }
-    CHECK(map->capacity <= 8192);
+    CHECK(map->pages.capacity <= 8192);
     direct_map_close(map);
 }
 
@@ -115,11 +115,11 @@ static void test_edges(void)
                     CHECK(edges[j] > 0 && edges[j] <= UINT64_MAX - edges[i]);
             }
         direct_map_withdraw(map, 1, UINT64_MAX);
-        CHECK(map->count == 1);
+        CHECK(map->pages.count == 1);
         direct_map_withdraw(map, UINT64_MAX, UINT64_MAX);
         direct_map_withdraw(map, 2, 1);
         direct_map_withdraw(map, 0, 0);
-        CHECK(map->count == 0);
+        CHECK(map->pages.count == 0);
         direct_map_close(map);
     }
     CHECK(direct_map_open(3, MAP_IO_AIO, 64, 0, 1, 1, 0) == NULL);

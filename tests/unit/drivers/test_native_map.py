@@ -7,7 +7,7 @@ import gc
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,45 +19,21 @@ from hypothesis import strategies as st
 from blockemu.drivers import direct_map as direct_map_module
 from blockemu.drivers import native_map as native_map_module
 from blockemu.drivers._direct_map import ffi, lib
-from blockemu.drivers.direct_map import WHOLE_DEVICE_BITS, DirectMap
+from blockemu.drivers.direct_map import WHOLE_DEVICE_BITS, DirectMap, TableWords
 from blockemu.drivers.drain import DrainedSection
-from blockemu.drivers.native_map import MAP_IDLE, NativeMap
+from blockemu.drivers.native_map import NativeMap
 from blockemu.drivers.node import BlockDriverState
 from blockemu.drivers.registry import Opener
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.coroutine import Task
 from blockemu.loop.file_engine import NativeIo, NativeKind
 from blockemu.loop.host_file import PosixFiles
+from tests.unit.drivers.native_poller import FakePoller
 
 HERE = Path(__file__).parent
 NATIVE = HERE.parents[2] / "drivers" / "native"
 PAGE = 65536
 SIZE = 1 << 20
-
-
-class FakePoller:
-    """Hands an event on when the test says so."""
-
-    def __init__(self, *, has_aio: bool = True) -> None:
-        self.callbacks: dict[int, Callable[[int, int], None]] = {}
-        self.tokens = 0
-        self.has_aio = has_aio
-        self.asked_for_aio = 0
-
-    def add_native(self, callback: Callable[[int, int], None], /) -> int:
-        self.tokens += 1
-        self.callbacks[self.tokens] = callback
-        return self.tokens
-
-    def remove_native(self, token: int, /) -> None:
-        del self.callbacks[token]
-
-    def enable_aio(self) -> bool:
-        self.asked_for_aio += 1
-        return self.has_aio
-
-    def post(self, token: int) -> None:
-        self.callbacks[token](MAP_IDLE, 0)
 
 
 class Requests:
@@ -89,10 +65,11 @@ def make_map(
     durable: bool = False,
     kind: NativeKind | None = NativeKind.INLINE,
     file_durable: bool = True,
+    words: TableWords | None = None,
 ) -> DirectMap:
     io = None if kind is None else NativeIo(7, kind, 512, file_durable)
     file: Any = SimpleNamespace(request_alignment=alignment, native_io=lambda: io)
-    return DirectMap(file, page_bits=page_bits, length=length, durable=durable)
+    return DirectMap(file, page_bits=page_bits, length=length, durable=durable, words=words)
 
 
 def twin_of(direct_map: DirectMap, poller: FakePoller | None = None) -> NativeMap:
@@ -245,10 +222,10 @@ def test_map_of_many_pages_is_bounded_and_full_map_gives_memory_back() -> None:
     for page in range(direct_map_module.PAGES_MAX):
         direct_map.publish(page << 9, page << 9, writable=True)
     assert len(native) == len(direct_map) == direct_map_module.PAGES_MAX
-    assert native.cdata.capacity == 2 * direct_map_module.PAGES_MAX
+    assert native.cdata.pages.capacity == 2 * direct_map_module.PAGES_MAX
     direct_map.publish(1 << 60, 512, writable=True)
     assert len(native) == len(direct_map) == 1
-    assert native.cdata.capacity <= 16
+    assert native.cdata.pages.capacity <= 16
     assert find(native, 1 << 60, 512) == 512
 
 

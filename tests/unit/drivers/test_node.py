@@ -150,6 +150,19 @@ def test_zeroes_without_fallback_fail_at_once(ctx: AioContext) -> None:
     assert driver.calls == []
 
 
+@pytest.mark.parametrize(("offset", "length"), [(5, 10), (500, 5000), (511, 514), (0, 5)])
+def test_zeroes_without_fallback_change_nothing_when_they_fail(
+    ctx: AioContext, offset: int, length: int
+) -> None:
+    """The ragged ends were written before the middle was found to be impossible."""
+    node, driver = scripted_node(ctx, alignment=512)
+    driver.content[:] = b"o" * len(driver.content)
+    with pytest.raises(OSError) as caught:
+        ctx.run(node.pwrite_zeroes(offset, length, RequestFlags.NO_FALLBACK))
+    assert caught.value.errno == errno.ENOTSUP
+    assert set(driver.content) == {ord("o")}
+
+
 def test_zeroes_larger_than_the_buffer_are_written_in_parts(ctx: AioContext) -> None:
     node, driver = scripted_node(ctx, size=3 << 20)
     driver.content[:] = b"o" * len(driver.content)

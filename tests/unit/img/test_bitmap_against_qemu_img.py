@@ -221,7 +221,7 @@ def dirty_by_qemu(path: Path, name: str) -> list[tuple[int, int]]:
     require_peer("qemu-nbd")
     require_peer("nbdinfo")
     socket = Path("nbd.sock").absolute()
-    server = QemuNbd(path, fmt="qcow2", socket_path=socket, read_only=True, bitmap=name)
+    server = QemuNbd(path, fmt="qcow2", socket_path=socket, read_only=True, bitmaps=[name])
     with server as started:
         return NbdInfo.dirty_ranges(started.uri, name)
 

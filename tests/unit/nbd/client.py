@@ -242,10 +242,6 @@ class Client:
             data = self.receive(length) if length and not error else b""
             return int.from_bytes(cookie, "big"), error, data
         chunk = self._chunk(magic)
-        if not chunk.kind & 1 << 15 and not length:
-            assert chunk.kind == ChunkType.NBD_REPLY_TYPE_NONE
-            assert chunk.done
-            return chunk.cookie, 0, b""
         return self._whole(chunk, length)
 
     def chunk(self) -> Chunk:
@@ -290,5 +286,5 @@ class Client:
         if error:
             return chunk.cookie, error, b""
         assert there == len(data) == length
-        assert first is None or first == base
+        assert base is None or first is None or first == base
         return chunk.cookie, 0, bytes(data)

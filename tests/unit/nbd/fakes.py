@@ -100,6 +100,8 @@ class FakeBackend:
             self.direct_map.publish(0, 0, writable=writable)
         self.calls: list[tuple[Any, ...]] = []
         self.errors: dict[str, BaseException] = {}
+        self.zeroes: list[tuple[int, int]] | None = None
+        """Where the graph knows of zeroes; None: it isn't worth asking."""
         self.held = False
         self.waiting: list[Future[None]] = []
         self.drained_begin: Callable[[], None] = lambda: None
@@ -109,6 +111,16 @@ class FakeBackend:
     def as_backend(self) -> BlockBackend:
         """Ourselves, to those who ask for the real thing."""
         return cast("BlockBackend", self)
+
+    @property
+    def tells_zeroes(self) -> bool:
+        return self.zeroes is not None
+
+    async def known_zeroes(self, offset: int, length: int, *, worth: int) -> list[tuple[int, int]]:
+        await self._enter("known_zeroes", offset, length)
+        assert self.zeroes is not None
+        pieces = [(max(at, offset), min(at + size, offset + length)) for at, size in self.zeroes]
+        return [(at, end - at) for at, end in pieces if end - at >= worth]
 
     @property
     def length_bytes(self) -> int:

@@ -24,9 +24,11 @@ from blockemu.limits import Limits
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.host_file import PosixFiles
 from blockemu.nbd.connection import BaseConnection
+from blockemu.nbd.reply_style import STYLES
 from blockemu.nbd.server import make_connection
 from blockemu.nbd.session import Session
 from tests.unit.nbd.client import Client, header
+from tests.unit.nbd.conftest import STYLE_NAMES
 
 READ = Command.NBD_CMD_READ
 WRITE = Command.NBD_CMD_WRITE
@@ -34,7 +36,10 @@ DISC = Command.NBD_CMD_DISC
 FLUSH = Command.NBD_CMD_FLUSH
 TRIM = Command.NBD_CMD_TRIM
 WRITE_ZEROES = Command.NBD_CMD_WRITE_ZEROES
+CACHE = Command.NBD_CMD_CACHE
 FUA = CommandFlag.NBD_CMD_FLAG_FUA
+DF = CommandFlag.NBD_CMD_FLAG_DF
+FAST_ZERO = CommandFlag.NBD_CMD_FLAG_FAST_ZERO
 KIB = 1024
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -43,6 +48,9 @@ PLACES = ("memory", "page cache", "direct")
 
 class PatientClient(Client):
     """Sleeps in the server's loop for as long as the disk takes; pytest's time-out ends it."""
+
+    heard = b""
+    """All that the server has said."""
 
     def receive(self, length: int) -> bytes:
         received = b""
@@ -54,6 +62,7 @@ class PatientClient(Client):
                 continue
             assert data, f"hung up after {received!r}"
             received += data
+        self.heard += received
         return received
 
     def sleep(self) -> None:
@@ -84,18 +93,18 @@ class Disk:
         self.export = Export("disk", self.backend)
         self.connections: list[tuple[BaseConnection, list[bool], PatientClient]] = []
 
-    def connect(self, *, limits: Limits | None = None) -> PatientClient:
+    def connect(self, style: str = "simple", *, limits: Limits | None = None) -> PatientClient:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         closed: list[bool] = []
         connection = make_connection(
             ours,
-            Session(self.export),
+            Session(self.export, STYLES[STYLE_NAMES.index(style)]),
             limits=limits or Limits(),
             on_closed=lambda: closed.append(True),
         )
         connection.start()
-        client = PatientClient(theirs, self.ctx)
+        client = PatientClient(theirs, self.ctx, style=style)
         self.connections.append((connection, closed, client))
         return client
 
@@ -146,46 +155,47 @@ def open_disk(tmp_path: Path) -> Iterator[OpenDisk]:
         disk.path.unlink()
 
 
-def some_request(source: random.Random, cookie: int) -> tuple[bytes, int]:
+def some_request(source: random.Random, client: Client, cookie: int) -> tuple[bytes, int]:
     """A request, mostly sensible, and the length of the data that its reply has if it succeeds."""
-    command = source.choice([READ] * 4 + [WRITE] * 4 + [FLUSH, TRIM, WRITE_ZEROES])
+    command = source.choice([READ] * 4 + [WRITE] * 4 + [FLUSH, TRIM, WRITE_ZEROES, CACHE, 99])
     grain = source.choice([4096, 4096, 512, 1])
     length = source.choice([0, 1, 3, 8, 17, 70]) * grain
     offset = source.randrange(0, SIZE // grain) * grain
     if command == FLUSH:
         offset = length = 0
-    flags = source.choice([0] * 6 + [FUA, 1 << 9])
+    flags = source.choice([0] * 6 + [FUA, DF, FAST_ZERO, 1 << 9])
     payload = source.randbytes(length) if command == WRITE else b""
-    asked = header(command, flags=flags, cookie=cookie, offset=offset, length=length)
+    asked = client.header(command, flags=flags, cookie=cookie, offset=offset, length=length)
     return asked + payload, length if command == READ else 0
 
 
 @pytest.mark.parametrize("fmt", ["raw", "qcow2"])
 @pytest.mark.parametrize("place", PLACES)
-def test_both_kinds_answer_the_same(open_disk: OpenDisk, place: str, fmt: str) -> None:
-    """Errors, data, and what the image holds in the end."""
+def test_both_kinds_answer_the_same(open_disk: OpenDisk, place: str, fmt: str, style: str) -> None:
+    """Errors, data, what the image holds in the end, and every byte on the way."""
     answers = []
     for native in (False, True):
         disk = open_disk(place, fmt, native=native)
-        client = disk.connect()
+        client = disk.connect(style)
         source = random.Random(f"{place} {fmt}")
         said = []
         for cookie in range(300):
-            request, length = some_request(source, cookie)
+            request, length = some_request(source, client, cookie)
             client.send(request)
             said.append(client.reply(length))
         for offset in range(0, SIZE, MIB):
             client.request(READ, offset=offset, length=MIB)
             said.append(client.reply(MIB))
         assert {error for _, error, _ in said} >= {0}
-        answers.append(said)
-    assert answers[0] == answers[1]
+        answers.append((said, client.heard))
+    assert answers[0][0] == answers[1][0]
+    assert answers[0][1] == answers[1][1]
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_deep_queue_reads_what_it_wrote(open_disk: OpenDisk, place: str) -> None:
+def test_a_deep_queue_reads_what_it_wrote(open_disk: OpenDisk, place: str, style: str) -> None:
     disk = open_disk(place)
-    client = disk.connect()
+    client = disk.connect(style)
     content = random.Random(place).randbytes(SIZE)
     for chunk in (4096, 128 * KIB):
         count = min(SIZE // chunk, 64)
@@ -193,8 +203,12 @@ def test_a_deep_queue_reads_what_it_wrote(open_disk: OpenDisk, place: str) -> No
             data = content[i * chunk : (i + 1) * chunk]
             client.request(WRITE, cookie=i, offset=i * chunk, payload=data)
         assert {client.reply()[:2] for _ in range(count)} == {(i, 0) for i in range(count)}
-        headers = (header(READ, cookie=i, offset=i * chunk, length=chunk) for i in range(count))
-        client.send(b"".join(headers))
+        places = ((i, i * chunk) for i in range(count))
+        client.send(
+            b"".join(
+                client.header(READ, cookie=i, offset=place, length=chunk) for i, place in places
+            )
+        )
         for _ in range(count):
             cookie, error, data = client.reply(chunk)
             assert not error
@@ -202,9 +216,11 @@ def test_a_deep_queue_reads_what_it_wrote(open_disk: OpenDisk, place: str) -> No
 
 
 @pytest.mark.parametrize("place", ["memory", "direct"])
-def test_plain_requests_are_no_faults_and_counted(open_disk: OpenDisk, place: str) -> None:
+def test_plain_requests_are_no_faults_and_counted(
+    open_disk: OpenDisk, place: str, style: str
+) -> None:
     disk = open_disk(place)
-    client = disk.connect()
+    client = disk.connect(style)
     for i in range(10):
         client.request(WRITE, cookie=i, offset=i * 4096, payload=bytes([i]) * 4096)
         assert client.reply() == (i, 0, b"")

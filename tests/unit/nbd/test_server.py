@@ -61,11 +61,35 @@ def test_a_host_out_of_descriptors_is_asked_again_later(
 
         patch.setattr(socket.socket, "accept", accept)
         client = server.connect()
+        for _ in range(5):
+            client.rounds(20)
+            clock.advance_ns(ACCEPT_RETRY_NS)
         client.rounds(20)
     assert caplog.text.count("can't accept") == 1
     assert client.silent()
     clock.advance_ns(ACCEPT_RETRY_NS)
     client.receive(18)
+    assert "clients are accepted again, after 0.6 s" in caplog.text
+
+
+def test_a_descriptor_that_a_client_gives_back_goes_to_the_next_at_once(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It took up to 100 ms, for each client; a line in the log, too."""
+    server = start_server()
+    first = server.enter("disk")
+    with monkeypatch.context() as patch:
+
+        def accept(sock: socket.socket) -> None:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        patch.setattr(socket.socket, "accept", accept)
+        second = server.connect()
+        second.rounds(20)
+    assert second.silent()
+    first.sock.close()
+    second.receive(18)
+    assert caplog.text.count("can't accept clients: Too many open files; 1 are connected") == 1
 
 
 def test_two_listening_sockets_serve_the_same_exports(start_server: StartServer) -> None:
@@ -165,3 +189,20 @@ def test_transmission_runs_in_the_exports_thread(start_server: StartServer) -> N
         assert client.sock.recv(1) == b""
     finally:
         thread.stop()
+
+
+def test_the_last_client_to_leave_ends_it_if_any_was_served(start_server: StartServer) -> None:
+    calls: list[str] = []
+    server = start_server()
+    server.server.end_with_last_client(lambda: calls.append("gone"))
+    asks = server.connect()
+    asks.receive(18)
+    asks.sock.close()
+    first, second = server.enter("disk"), server.enter("disk")
+    first.until(lambda: server.server.connection_count == 2)
+    first.sock.close()
+    second.until(lambda: server.server.connection_count == 1)
+    assert calls == []
+    second.sock.close()
+    second.until(lambda: calls == ["gone"])
+    assert server.connect().silent()

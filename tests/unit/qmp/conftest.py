@@ -13,6 +13,7 @@ import pytest
 
 from blockemu.drivers.crypto.offload import in_place
 from blockemu.drivers.crypto.secrets import SecretTable
+from blockemu.exports import ExportTable
 from blockemu.loop.aio_context import AioContext
 from blockemu.qmp.server import QmpServer
 from tests.unit.qmp.qmp_client import LoopClient
@@ -29,7 +30,7 @@ def ctx() -> Iterator[AioContext]:
 @pytest.fixture
 def daemon() -> Any:
     stub = SimpleNamespace(
-        exports=[],
+        exports=ExportTable(),
         iothreads={},
         opener=SimpleNamespace(nodes={}, secrets=SecretTable(), offload=in_place),
         stop_count=0,

@@ -236,7 +236,8 @@ def test_export_stats_tell_each_operation(client: LoopClient, daemon: Any) -> No
     statistics = ExportStatistics()
     statistics.count(1, 4096, 0, 1000)
     statistics.count(1, 4096, 5, 3000)
-    daemon.exports.append(SimpleNamespace(name="disk", statistics=statistics))
+    export = SimpleNamespace(name="disk", id="disk", statistics=statistics)
+    daemon.exports.add(export)
     (export,) = client.execute("x-query-export-stats")["return"]
     assert (export["id"], export["faults"]) == ("disk", 0)
     figures = {operation.pop("operation"): operation for operation in export["operations"]}

@@ -6,8 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from blockemu.drivers._direct_map import ffi, lib
 from blockemu.drivers.backend import BlockBackend
 from blockemu.drivers.driver import RequestFlags
+from blockemu.drivers.native_map import NativeMap
 from blockemu.drivers.node import BlockDriverState
 from blockemu.drivers.qcow2.create import create
 from blockemu.drivers.qcow2.create_options import CreateOptions
@@ -17,9 +19,12 @@ from blockemu.drivers.qcow2.header import first_cluster_bytes, parse
 from blockemu.drivers.qcow2.header_rewrite import with_data_file
 from blockemu.drivers.registry import Opener
 from blockemu.loop.aio_context import AioContext
+from blockemu.loop.file_engine import NativeIo, NativeKind
 from blockemu.loop.host_file import HostFile
 from blockemu.loop.memory_file import MemoryFiles, MemoryImage
+from blockemu.loop.sync import sleep_ns
 from tests.peers.qemu import QemuImg
+from tests.unit.drivers.native_poller import FakePoller
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -106,6 +111,47 @@ class Images:
 async def in_place(job: Job) -> list[Stored]:
     """Compresses without threads: for simulations, where the same seed is to give the same run."""
     return job()
+
+
+class Twin:
+    """Reads a disk by the direct map's twin, as native code does."""
+
+    def __init__(self, disk: Disk) -> None:
+        self.disk = disk
+        self._poller = FakePoller()
+        file: Any = disk.host_file
+        file.native_io = lambda: NativeIo(-1, NativeKind.INLINE, 1, durable=False)
+        self.find(0, 1)  # makes the twin
+
+    def find(self, offset: int, length: int, *, writable: bool = False) -> int:
+        """Where in the file, or -1."""
+        direct_map = self.disk.driver.direct_map()
+        if direct_map is None:
+            return -1
+        native = direct_map.native_handle(self._poller)
+        assert native is not None
+        return lib.direct_map_find(native.cdata, offset, length, writable)
+
+    def post(self, native: NativeMap) -> None:
+        """Tells Python what it waits for, as C would."""
+        self._poller.post(native.cdata.token)
+
+    async def read(self, offset: int, length: int, *, latency_ns: int) -> bytes | None:
+        """The bytes, or None where Python is to be asked. Suspends: while the read is under way."""
+        host = self.find(offset, length)
+        if host < 0:
+            return None
+        direct_map = self.disk.driver.direct_map()
+        assert direct_map is not None
+        native = direct_map.native
+        assert native is not None
+        pin = ffi.new("struct map_pin *")
+        lib.direct_map_pin(native.cdata, pin)
+        await sleep_ns(latency_ns)
+        content = self.disk.images[self.disk.path].content[host : host + length]
+        if lib.direct_map_unpin(native.cdata, pin):
+            self.post(native)
+        return bytes(content).ljust(length, b"\0")
 
 
 class Disk:

@@ -77,6 +77,46 @@ def test_version_2_with_a_backing_file_writes_zeroes_and_keeps_on_discard(images
     assert disk.read(0, 2 * CLUSTER) == bytes(CLUSTER) + b"x" * CLUSTER
 
 
+FAST = RequestFlags.NO_FALLBACK
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "fast"),
+    [
+        (0, 4 * CLUSTER, True),
+        (CLUSTER, CLUSTER, True),
+        (CLUSTER - 100, CLUSTER + 200, True),
+        (CLUSTER + 10, 100, False),
+        (CLUSTER, CLUSTER - 1, False),
+        (CLUSTER // 2, CLUSTER, False),
+        (2 * CLUSTER + 10, 100, True),  # zeroes already
+        (3 * CLUSTER + 10, 10 * CLUSTER, True),
+    ],
+)
+@pytest.mark.parametrize("flags", [KEEP, UNMAP], ids=["keep", "unmap"])
+def test_fast_zeroes_are_of_whole_clusters_or_change_nothing(
+    images: Images, offset: int, length: int, fast: bool, flags: RequestFlags
+) -> None:
+    disk = prepared(images)
+    before = disk.read(0, MIB)
+    if fast:
+        disk.ctx.run(disk.node.pwrite_zeroes(offset, length, flags | FAST))
+        assert disk.read(0, MIB) == (before[:offset] + bytes(length) + before[offset + length :])
+    else:
+        with pytest.raises(OSError) as caught:
+            disk.ctx.run(disk.node.pwrite_zeroes(offset, length, flags | FAST))
+        assert caught.value.errno == errno.ENOTSUP
+        assert disk.read(0, MIB) == before
+
+
+def test_zeroes_of_a_raw_data_file_arent_known_to_be_fast(images: Images) -> None:
+    images.create("image", MIB, cluster_size=CLUSTER, data_file="data", data_file_raw=True)
+    disk = images.open("image")
+    with pytest.raises(OSError) as caught:
+        disk.ctx.run(disk.node.pwrite_zeroes(0, MIB, FAST))
+    assert caught.value.errno == errno.ENOTSUP
+
+
 def test_parts_of_clusters_are_zeroed_and_not_discarded(images: Images) -> None:
     disk = prepared(images)
     disk.ctx.run(disk.node.pdiscard(CLUSTER + 10, 100))

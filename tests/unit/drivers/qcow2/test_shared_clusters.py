@@ -4,7 +4,8 @@
 Many short runs on disks of a few clusters: writes of parts of a cluster, compressed writes of all
 of it, zeroes, discards, and snapshots that come and go meanwhile, on a disk that finishes its
 operations in an order of its own. After each run the image is checked to the bit, and each sector
-holds what one of its writers wrote. `make crash` goes on for as many rounds as you like.
+holds what one of its writers wrote; reads by the direct map's twin in C, which are under way at the
+same time, find no less. `make crash` goes on for as many rounds as you like.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ import pytest
 
 from blockemu.drivers.driver import RequestFlags
 from blockemu.drivers.qcow2.cluster_lock import ClusterLocks
-from blockemu.loop.sync import gather
+from blockemu.loop.sync import gather, sleep_ns
 from tests.unit.drivers.qcow2.checker import Checker
 from tests.unit.drivers.qcow2.crash_search import FORMATS, TINY_CACHES, expand
-from tests.unit.drivers.qcow2.support import Disk, Images, in_place
+from tests.unit.drivers.qcow2.support import Disk, Images, Twin, in_place
 
 ROUNDS = int(os.environ.get("BLOCKEMU_ROUNDS", "1"))
 RUNS = 150
 """In a round."""
 TASKS = 16
 BURSTS = 3
+LOOKS = 3
 SECTOR = 512
 ZEROES = bytes(SECTOR)
 KINDS = (
@@ -50,6 +52,7 @@ class Run:
         caches = TINY_CACHES if rng.random() < 0.2 else {}
         self.disk: Disk = images.open("image", discard="unmap", **caches)
         self.disk.driver.image.compressor.offload = in_place
+        self.twin = Twin(self.disk)
         self.possible: list[set[bytes]] = [{ZEROES} for _ in range(self.sectors)]
         self._serial = 0
         self._is_at_snapshots = False
@@ -57,12 +60,24 @@ class Run:
     def go(self) -> None:
         for _ in range(BURSTS):
             touched: dict[int, set[bytes]] = {}
-            self.images.ctx.run(gather(*(self._request(touched) for _ in range(TASKS))))
+            requests = [self._request(touched) for _ in range(TASKS)]
+            looks = [self._look(touched) for _ in range(TASKS)]
+            self.images.ctx.run(gather(*requests, *looks))
             self._compare(touched)
         self.disk.close()
         judged = Checker(self.images["image"].content)
         assert not judged.corruptions, (self.options, judged.corruptions[:5])
         assert not judged.leaks, (self.options, judged.leaks)
+
+    async def _look(self, touched: dict[int, set[bytes]]) -> None:
+        """Read by the twin, now and then."""
+        rng = self.rng
+        for _ in range(LOOKS):
+            sector = rng.randrange(self.sectors)
+            await sleep_ns(rng.randrange(1, 2000))
+            found = await self.twin.read(sector * SECTOR, SECTOR, latency_ns=rng.randrange(1, 4000))
+            if found is not None and found not in self.possible[sector]:
+                assert found in touched.get(sector, ()), f"{self.options}: C reads {sector} wrong"
 
     async def _request(self, touched: dict[int, set[bytes]]) -> None:
         rng, node = self.rng, self.disk.node
