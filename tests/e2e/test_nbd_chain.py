@@ -113,23 +113,30 @@ def test_block_status_and_content_are_the_same_above_and_below(
     QemuImg.compare(image, tmp_path / "copy.raw", one_fmt="qcow2")
 
 
+@pytest.mark.parametrize("server", ["qemu-nbd", "ours"])
 def test_a_dirty_bitmap_of_the_server_is_mapped_as_qemu_maps_it(
-    tmp_path: Path, run_dir: Path
+    tmp_path: Path, run_dir: Path, server: str
 ) -> None:
-    """Through qemu-nbd; dirty is what isn't present, as in QEMU, on which backups rely."""
+    """Dirty is what isn't present, as in QEMU, on which backups rely."""
     for peer in ("qemu-img", "qemu-io", "qemu-nbd"):
         require_peer(peer)
     image = QemuImg.create(tmp_path / "d.qcow2", SIZE)
     run_tool(["qemu-img", "bitmap", "--add", "--enable", image, "b"])
     QemuIo(image, fmt="qcow2").run("write 1M 3M", "write 20M 64k", "discard 2M 1M", "write 31M 1M")
-    options = (
-        f"driver=nbd,server.type=unix,server.path={run_dir / 's'},"
-        "x-dirty-bitmap=qemu:dirty-bitmap:b"
+    socket = run_dir / "s"
+    export = (
+        QemuNbd(image, fmt="qcow2", socket_path=socket, bitmaps=["b"], read_only=True)
+        if server == "qemu-nbd"
+        else BlockemuDaemon(
+            image, fmt="qcow2", socket_path=socket, read_only=True, extra=["--bitmap", "b"]
+        )
     )
-    with QemuNbd(image, fmt="qcow2", socket_path=run_dir / "s", bitmap="b", read_only=True):
+    options = f"driver=nbd,server.type=unix,server.path={socket},x-dirty-bitmap=qemu:dirty-bitmap:b"
+    with export:
         for verb in (["map"], ["map", "--output=json"]):
             theirs = run_tool(["qemu-img", *verb, "--image-opts", options]).stdout
             ours = run_tool([*our_img(), *verb, "--image-opts", options]).stdout
             assert ours == theirs
         run_tool([*our_img(), "convert", "--image-opts", "-O", "raw", options, tmp_path / "o.raw"])
+    assert theirs.count('"present": false') == 3
     QemuImg.compare(image, tmp_path / "o.raw", one_fmt="qcow2")
