@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import random
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from tests.peers.nbdkit import NbdKit
 from tests.peers.process import ServerProcess
 from tests.peers.qemu import QemuImg, QemuNbd
 from tests.peers.requirement import require_peer
+from tests.peers.scripted_nbd import Client, ScriptedNbd
 
 ROUNDS = int(os.environ.get("BLOCKEMU_ROUNDS", "1"))
 KILLS = 2
@@ -112,3 +115,26 @@ def test_no_flushed_write_is_lost_when_the_server_is_killed(
         RawNbd.connected(last.socket_path, "disk") as client,
     ):
         writer.find_generations(client, at_least=writer.flushed)
+
+
+@pytest.mark.usefixtures("only_ours")
+def test_sigterm_ends_a_daemon_that_still_waits_for_its_server(run_dir: Path) -> None:
+    """The server accepts and says nothing; `open-timeout` would go on for an hour."""
+    connected = threading.Event()
+
+    def serve(client: Client) -> None:
+        connected.set()
+        client.receive(1)
+
+    name = json_name(run_dir / "below", "disk", **{"open-timeout": 3600})
+    daemon = BlockemuDaemon(name, fmt=None, socket_path=run_dir / "above", export="disk")
+    try:
+        with ScriptedNbd(run_dir / "below", serve):
+            daemon._spawn(daemon.command)
+            assert connected.wait(30)
+            begun = time.monotonic()
+            daemon.stop()
+            assert time.monotonic() - begun < 10
+        assert daemon.stderr == ""
+    finally:
+        daemon.discard()
