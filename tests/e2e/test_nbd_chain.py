@@ -53,12 +53,11 @@ def our_img() -> list[str]:
     return [sys.executable, "-m", "blockemu", "img"]
 
 
-@pytest.mark.parametrize("connections", [1, 4])
-def test_fio_verifies_through_both(tmp_path: Path, run_dir: Path, connections: int) -> None:
+def test_fio_verifies_through_both(tmp_path: Path, run_dir: Path) -> None:
     for peer in ("fio", "qemu-img"):
         require_peer(peer)
     image = QemuImg.create(tmp_path / "d.qcow2", SIZE)
-    with chain(image, "qcow2", run_dir, **{"multi-conn": connections}) as (_, upper):
+    with chain(image, "qcow2", run_dir, **{"multi-conn": 4}) as (_, upper):
         Fio(upper.uri).verify(size_bytes=4 * MIB)
     found = QemuImg.check(image)
     assert (found.corruptions, found.leaks, found.errors) == (0, 0, 0), found.text
@@ -108,7 +107,7 @@ def test_block_status_and_content_are_the_same_above_and_below(
             run_tool(["nbdinfo", "--map", "--json", server.uri]).stdout for server in (lower, upper)
         ]
         assert maps[0] == maps[1]
-        assert maps[0].count("offset") > 300
+        assert maps[0].count("offset") > 200
         NbdCopy.copy(upper.uri, tmp_path / "copy.raw")
     QemuImg.compare(image, tmp_path / "copy.raw", one_fmt="qcow2")
 
