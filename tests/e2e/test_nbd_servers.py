@@ -25,6 +25,7 @@ from tests.peers.nbdkit import NbdKit
 from tests.peers.process import ServerProcess
 from tests.peers.qemu import QemuNbd, ToolFailed, run_tool
 from tests.peers.requirement import require_peer
+from tests.unit.qmp.test_nbd_server import Qmp
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -222,6 +223,31 @@ def test_errors_of_a_server_are_told_and_go_by(tmp_path: Path, run_dir: Path) ->
         trigger.unlink()
         ctx.run(backend.pwritev(0, memoryview(b"x" * 512)))
     assert image.read_bytes()[:512] == b"x" * 512
+
+
+def test_our_own_server_is_asked_for_a_terabyte_at_once(tmp_path: Path, run_dir: Path) -> None:
+    """By extended headers: a trim, zeroes and a status of all of it are a request each."""
+    image = tmp_path / "disk"
+    with image.open("wb") as file:
+        file.truncate(1 << 40)
+    control = run_dir / "c"
+    server = BlockemuDaemon(
+        image, fmt="raw", socket_path=run_dir / "s", extra=["--control", str(control)]
+    )
+    with server, backend_on(run_dir / "s") as (ctx, backend):
+        ctx.run(backend.pwritev(1 << 39, memoryview(b"x" * 4096)))
+        status = ctx.run(backend.block_status(0, 1 << 40))
+        assert (status.length, status.zero) == (1 << 39, True)
+        ctx.run(backend.pwrite_zeroes(0, 1 << 40, RequestFlags.MAY_UNMAP))
+        ctx.run(backend.pdiscard(0, 1 << 40))
+        status = ctx.run(backend.block_status(0, 1 << 40))
+        assert (status.length, status.zero) == (1 << 40, True)
+        qmp = Qmp(control)
+        (statistics,) = qmp("x-query-export-stats")
+        qmp.close()
+    counts = {found["operation"]: found["requests"] for found in statistics["operations"]}
+    assert (counts["trim"], counts["write-zeroes"], counts["write"]) == (1, 1, 1)
+    assert image.stat().st_blocks == 0
 
 
 @pytest.mark.parametrize("connections", [1, 4])
