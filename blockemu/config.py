@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from blockemu.addresses import Address, InheritedAddress, TcpAddress, UnixAddress
-from blockemu.drivers.crypto.secrets import SecretTable
+from blockemu.drivers.crypto.user_objects import UserObjects
 from blockemu.drivers.metadata_budget import METADATA_BYTES_MAX
 from blockemu.errors import DaemonError
 from blockemu.export_names import (
@@ -24,6 +24,7 @@ from blockemu.exports import ExportSpec
 from blockemu.limits import Limits
 from blockemu.loop.iothread import default_poll_params
 from blockemu.loop.poller import PollParams
+from blockemu.nbd.tls import TlsPolicy
 
 IMAGES_MAX = 256
 """Images of one `serve`: each has a thread of its own unless told otherwise."""
@@ -82,6 +83,8 @@ class DaemonConfig:
     """One of LISTINGS."""
     until_last_client: bool = False
     """End when the last client has left, once there was one."""
+    tls: TlsPolicy | None = None
+    """Of the NBD server; None: it has no TLS."""
     control_path: str | None = None
     control_sockets: tuple[InheritedAddress, ...] = ()
     """Control sockets that we were started with."""
@@ -90,8 +93,8 @@ class DaemonConfig:
     limits: Limits = field(default_factory=Limits)
     metadata_bytes_max: int = METADATA_BYTES_MAX
     """What caches of all images' metadata may take, together."""
-    secrets: SecretTable = field(default_factory=SecretTable)
-    """What unlocks encrypted images; QMP adds more."""
+    objects: UserObjects = field(default_factory=UserObjects)
+    """What unlocks encrypted images, and TLS credentials; QMP adds more."""
 
 
 def serve_config(
@@ -123,7 +126,8 @@ def serve_config(
     poll_params: PollParams | None = None,
     limits: Limits | None = None,
     metadata_bytes_max: int = METADATA_BYTES_MAX,
-    secrets: SecretTable | None = None,
+    objects: UserObjects | None = None,
+    tls: TlsPolicy | None = None,
 ) -> DaemonConfig:
     """The configuration of `blockemu serve`. `names` and `descriptions` are the images', in their
     order; `hidden` and `default_export` are names of exports, `bitmaps` those of every image.
@@ -198,7 +202,8 @@ def serve_config(
         poll_params=poll_params or default_poll_params(),
         limits=limits,
         metadata_bytes_max=metadata_bytes_max,
-        secrets=secrets or SecretTable(),
+        tls=tls,
+        objects=objects or UserObjects(),
     )
 
 

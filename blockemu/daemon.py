@@ -77,7 +77,7 @@ class Daemon:
             files=files or PosixFiles(),
             ctx=self.main_ctx,
             metadata_budget=MetadataBudget(config.metadata_bytes_max),
-            secrets=config.secrets,
+            objects=config.objects,
         )
         self.exports = ExportTable(default_name=config.default_export)
         self.iothreads: dict[str, IOThread] = {}
@@ -221,6 +221,7 @@ class Daemon:
             config.addresses,
             config.limits,
             listing=config.listing,
+            tls=config.tls,
             on_last_gone=self.stop if config.until_last_client else None,
         )
         undo.push_async_callback(self.nbd.stop)

@@ -34,35 +34,35 @@ class Listener:
         return _port(self.sockets[0])
 
 
-def open_listener(address: Address) -> Listener:
-    """Listen. Raises: DaemonError."""
+def open_listener(address: Address, *, tls: bool = False) -> Listener:
+    """Listen. `tls`: what its URIs say. Raises: DaemonError."""
     if isinstance(address, UnixAddress):
         unix = listen_unix(
             address.path, mode=address.mode, user_id=address.user_id, group_id=address.group_id
         )
         return Listener(
             (unix.sock,),
-            lambda name: unix_uri(address.path, name),
+            lambda name: unix_uri(address.path, name, tls=tls),
             lambda: remove_unix_path(unix),
         )
     if isinstance(address, TcpAddress):
         sockets = listen_tcp(address.host, address.port)
         port = _port(sockets[0])
-        return _listener(sockets, lambda name: tcp_uri(address.host, port, name))
+        return _listener(sockets, lambda name: tcp_uri(address.host, port, name, tls=tls))
     if isinstance(address, VsockAddress):
         sock = listen_vsock(address)
-        return _listener([sock], lambda name: vsock_uri(address.cid, address.port, name))
+        return _listener([sock], lambda name: vsock_uri(address.cid, address.port, name, tls=tls))
     assert isinstance(address, InheritedAddress)
     sock = adopt(address)
-    return _listener([sock], _uri_of(sock))
+    return _listener([sock], _uri_of(sock, tls=tls))
 
 
-def open_listeners(addresses: Sequence[Address]) -> list[Listener]:
+def open_listeners(addresses: Sequence[Address], *, tls: bool = False) -> list[Listener]:
     """Listen on all, or on none. Raises: DaemonError."""
     opened: list[Listener] = []
     try:
         for address in addresses:
-            opened.append(open_listener(address))
+            opened.append(open_listener(address, tls=tls))
     except BaseException:
         for listener in opened:
             listener.close()
@@ -85,14 +85,15 @@ def _port(sock: socket.socket) -> int:
     return port
 
 
-def _uri_of(sock: socket.socket) -> Callable[[str], str]:
+def _uri_of(sock: socket.socket, *, tls: bool) -> Callable[[str], str]:
     """By what the socket itself says of its address."""
     name = sock.getsockname()
     if sock.family == socket.AF_UNIX:
         path = name if isinstance(name, str) else "@" + name[1:].decode(errors="surrogateescape")
-        return lambda export: unix_uri(path, export)
+        return lambda export: unix_uri(path, export, tls=tls)
     if sock.family == socket.AF_VSOCK:
         cid, port = name
-        return lambda export: vsock_uri(None if cid == socket.VMADDR_CID_ANY else cid, port, export)
+        shown = None if cid == socket.VMADDR_CID_ANY else cid
+        return lambda export: vsock_uri(shown, port, export, tls=tls)
     host, port = name[:2]
-    return lambda export: tcp_uri(host, port, export)
+    return lambda export: tcp_uri(host, port, export, tls=tls)

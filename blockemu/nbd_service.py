@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from blockemu.exports import Export, ExportTable
     from blockemu.limits import Limits
     from blockemu.loop.aio_context import AioContext
+    from blockemu.nbd.tls import TlsPolicy
 
 
 class NbdService:
@@ -42,16 +43,18 @@ class NbdService:
         limits: Limits,
         *,
         listing: str = "all",
+        tls: TlsPolicy | None = None,
         on_last_gone: Callable[[], None] | None = None,
     ) -> None:
         """Listen, and serve whoever connects. `listing`: one of config.LISTINGS.
+        `tls`: None is without.
         `on_last_gone`: see NbdServer.end_with_last_client.
 
         Raises: DaemonError; nobody listens then.
         """
         assert self._server is None
-        self.listeners = open_listeners(addresses)
-        self._server = NbdServer(self._ctx, self._exports, limits=limits)
+        self.listeners = open_listeners(addresses, tls=tls is not None)
+        self._server = NbdServer(self._ctx, self._exports, limits=limits, tls=tls)
         if on_last_gone is not None:
             self._server.end_with_last_client(on_last_gone)
         for listener in self.listeners:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 from blockemu.addresses import Address
 from blockemu.config import DaemonConfig, serve_config
 from blockemu.daemon import Daemon
-from blockemu.drivers.crypto.secrets import SecretTable
+from blockemu.drivers.crypto.user_objects import UserObjects
 from blockemu.errors import DaemonError
 from blockemu.limits import Limits
 from blockemu.loop.background import PidFile, go_to_background
+from blockemu.nbd.tls import TlsPolicy
 from blockemu.notify import make_notify
 from blockemu.temporary_overlay import temporary_overlay
 
@@ -47,7 +48,8 @@ class NbdRequest:
     detect_zeroes: str = "off"
     bitmaps: tuple[str, ...] = ()
     allocation_depth: bool = False
-    secrets: SecretTable = field(default_factory=SecretTable)
+    objects: UserObjects = field(default_factory=UserObjects)
+    tls: TlsPolicy | None = None
 
 
 def config_of(request: NbdRequest, *, overlay: str | None = None) -> DaemonConfig:
@@ -66,7 +68,8 @@ def config_of(request: NbdRequest, *, overlay: str | None = None) -> DaemonConfi
         rotational=False,  # qemu-nbd never says so
         address=request.addresses,
         limits=Limits(connections_max=request.shared) if request.shared else Limits(),
-        secrets=request.secrets,
+        objects=request.objects,
+        tls=request.tls,
     )
     (image,) = config.images
     export = replace(

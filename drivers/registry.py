@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockemu.drivers.child import BdrvChild, Permission, Role
 from blockemu.drivers.crypto.offload import Offload, on_thread_pool
-from blockemu.drivers.crypto.secrets import SecretTable
+from blockemu.drivers.crypto.user_objects import UserObjects
 from blockemu.drivers.driver import BlockDriver
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.filename import identity, is_json, local_path, parse_filename, resolve
@@ -126,11 +126,12 @@ class Opener:
         ctx: AioContext,
         drivers: DriverTable | None = None,
         metadata_budget: MetadataBudget | None = None,
-        secrets: SecretTable | None = None,
+        objects: UserObjects | None = None,
     ) -> None:
         self.files = files
         self.metadata_budget = metadata_budget or MetadataBudget()
-        self.secrets = secrets or SecretTable()
+        self.objects = objects or UserObjects()
+        self.secrets = self.objects.secrets
         self.node_options: dict[str, dict[str, Any]] = {}
         """What the user says of images besides their names: options of the format's node (and,
         under "file", of the file's), by the file's path."""

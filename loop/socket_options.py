@@ -52,8 +52,11 @@ def may_lose_data(sock: socket.socket) -> bool:
     what the peer hasn't acknowledged. A unix socket's peer keeps what it was sent, but is told of
     an error when it next sends, and might not look at it.
     """
-    if sock.family != socket.AF_UNIX:
-        return True
+    return sock.family != socket.AF_UNIX or has_input(sock)
+
+
+def has_input(sock: socket.socket) -> bool:
+    """Whether something has arrived on the non-blocking `sock` that nobody has read yet."""
     try:
         return bool(sock.recv(1, socket.MSG_PEEK))
     except OSError:

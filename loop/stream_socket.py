@@ -12,7 +12,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from blockemu.loop.coroutine import Future
 from blockemu.loop.current import running_context
@@ -22,11 +23,32 @@ from blockemu.loop.sync import sleep_ns
 if TYPE_CHECKING:
     from blockemu.loop.aio_context import AioContext
 
-StreamSocket = socket.socket
-"""What the two functions below return: connected, non-blocking, close-on-exec, tuned."""
+
+PlainSocket = socket.socket
+"""One of the kernel's, as the two functions below make them."""
+
+
+class StreamSocket(Protocol):
+    """A connected, non-blocking socket as a connection uses it: one of the kernel's, or a
+    `TlsStream`. All raise BlockingIOError when nothing can be done now, else OSError."""
+
+    def fileno(self) -> int: ...
+    def recv(self, bufsize: int, /) -> bytes: ...
+    def recv_into(self, buffer: memoryview, /) -> int: ...
+    def recvmsg_into(self, buffers: list[memoryview], /) -> tuple[int, Any, Any, Any]: ...
+    def send(self, data: bytes | memoryview, /) -> int: ...
+    def sendmsg(self, buffers: Sequence[bytes | memoryview], /) -> int: ...
+    def close(self) -> None: ...
+
 
 UNIX_PATH_BYTES_MAX = 107
 """sun_path is 108 bytes with its final NUL (unix(7))."""
+
+
+def has_buffered(sock: StreamSocket) -> bool:
+    """Whether `sock` may have input of its own left, which no poll tells of (tls_stream.py)."""
+    return getattr(sock, "buffered", False)
+
 
 QUEUE_FULL_PAUSE_NS = 10_000_000
 """Until a unix server whose queue of new connections is full is asked again."""
@@ -43,8 +65,8 @@ GONE_MS = (KEEP_ALIVE_IDLE_S + KEEP_ALIVE_PROBE_S * KEEP_ALIVE_PROBES) * 1000
 """The same bound for data that the peer's kernel doesn't acknowledge; TCP's own is 15 minutes."""
 
 
-async def connect_unix(path: str) -> StreamSocket:
-    """Connect to the unix socket at `path`.
+async def connect_unix(path: str) -> socket.socket:
+    """Connect to the unix socket at `path`: close-on-exec and tuned, as by `connect_tcp`.
 
     Context: a task. Suspends: while the server's queue is full. Raises: OSError.
     """
@@ -56,7 +78,7 @@ async def connect_unix(path: str) -> StreamSocket:
 
 async def connect_tcp(
     host: str, port: int, *, ipv4: bool = True, ipv6: bool = True, keep_alive: bool = False
-) -> StreamSocket:
+) -> socket.socket:
     """Connect to `port` of `host`, a name or an address, of IPv4 or IPv6 where these may be.
 
     `keep_alive`: have the kernel end the connection when the peer's host is gone.
@@ -79,7 +101,7 @@ async def connect_tcp(
     raise last or OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
 
 
-async def connect_vsock(cid: int, port: int) -> StreamSocket:
+async def connect_vsock(cid: int, port: int) -> socket.socket:
     """Connect to `port` of the virtual machine (or host) with the context id `cid`.
 
     Context: a task. Suspends: until it is connected. Raises: OSError.
@@ -87,7 +109,7 @@ async def connect_vsock(cid: int, port: int) -> StreamSocket:
     return await _connect(socket.AF_VSOCK, socket.SOCK_STREAM, 0, (cid, port))
 
 
-def adopt_stream(fd: int) -> StreamSocket:
+def adopt_stream(fd: int) -> socket.socket:
     """A connected stream socket that somebody handed us; a descriptor of its own. `fd` stays open.
 
     Raises: OSError, if it is no such socket.
@@ -137,7 +159,7 @@ async def _addresses(
         raise OSError(errno.EINVAL, "not a host name") from error
 
 
-async def _connect(family: int, kind: int, protocol: int, address: Any) -> StreamSocket:
+async def _connect(family: int, kind: int, protocol: int, address: Any) -> socket.socket:
     sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
     try:
         ctx = running_context()

@@ -19,6 +19,7 @@ from blockemu.cli.nbd_options import (
 )
 from blockemu.cli.object_option import object_option
 from blockemu.cli.sizes import read_size
+from blockemu.cli.tls_options import NbdTlsOptions, nbd_tls_options
 from blockemu.cli.verbosity import CliState, verbose_option
 
 EPILOG = """
@@ -91,6 +92,7 @@ Examples:
 )
 @click.option("-r", "--read-only", is_flag=True, help="Open the image for reading only.")
 @nbd_drive_options
+@nbd_tls_options
 @object_option
 @click.option("--fork", is_flag=True, help="Go to the background; return when clients can connect.")
 @click.option(
@@ -125,6 +127,7 @@ def serve(
     fmt: str | None,
     read_only: bool,
     drive: NbdDriveOptions,
+    tls: NbdTlsOptions,
     fork: bool,
     pid_file: str | None,
     list_: bool,
@@ -136,7 +139,7 @@ def serve(
     from blockemu.qemu_nbd import NbdRequest, serve_image
 
     if list_:
-        _list(listen, image)
+        _list(listen, tls, image)
         return
     if image is None:
         raise click.UsageError("Missing argument 'IMAGE'.")
@@ -158,7 +161,8 @@ def serve(
         aio=drive.aio,
         discard=drive.discard,
         detect_zeroes=drive.detect_zeroes,
-        secrets=session_objects().secrets,
+        objects=session_objects(),
+        tls=tls.policy(),
     )
     if state.owns_process:
         raise_open_files_limit()
@@ -171,10 +175,10 @@ def serve(
     )
 
 
-def _list(listen: NbdListenOptions, image: str | None) -> None:
+def _list(listen: NbdListenOptions, tls: NbdTlsOptions, image: str | None) -> None:
     from blockemu.nbdinfo.qemu_listing import list_exports
 
     if image is not None:
         raise click.UsageError("--list takes no image.")
-    for line in list_exports(listen.server()):
+    for line in list_exports(listen.server(), tls_id=tls.credentials_id, tls_hostname=tls.hostname):
         click.echo(one_line(line))

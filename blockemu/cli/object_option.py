@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--object` of commands that open images: secrets, which wait for the session that needs them
-(img/session_objects.py)."""
+"""`--object` of commands that open images: secrets, TLS credentials and who may come in, which wait
+for the session that needs them (img/session_objects.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 from blockemu.cli.failure import report
 
 if TYPE_CHECKING:
-    from blockemu.img.session_objects import SessionObjects
+    from blockemu.drivers.crypto.user_objects import UserObjects
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -20,26 +20,27 @@ _KEY = "blockemu.session_objects"
 
 
 def object_option(function: F) -> F:
-    """--object: secrets for images; the function isn't handed it."""
+    """--object: what others name by an id; the function isn't handed it."""
     option = click.option(
         "--object",
         multiple=True,
         metavar="TYPE,id=ID,...",
         expose_value=False,
         callback=_add_objects,
-        help="An object, so far a secret: secret,id=NAME,file=PATH[,format=base64].",
+        help="An object: secret,id=NAME,file=PATH[,format=base64], or TLS credentials: "
+        "tls-creds-x509,id=NAME,dir=PATH,endpoint=client.",
     )
     return option(function)
 
 
-def enter_objects(context: click.Context) -> SessionObjects:
+def enter_objects(context: click.Context) -> UserObjects:
     """The objects of this command, whose sessions see them until it ends."""
     from blockemu.img.session_objects import new_session_objects
 
     root = context.find_root()
     if _KEY not in root.meta:
         root.meta[_KEY] = root.with_resource(new_session_objects())
-    found: SessionObjects = root.meta[_KEY]
+    found: UserObjects = root.meta[_KEY]
     return found
 
 
@@ -48,8 +49,7 @@ def _add_objects(
 ) -> None:
     if not texts:
         return
-    from blockemu.objects import add_command_line_object
+    from blockemu.objects import add_command_line_objects
 
     objects = enter_objects(context)
-    for text in texts:
-        add_command_line_object(objects.secrets, text, warn=lambda line: report(f"warning: {line}"))
+    add_command_line_objects(objects, texts, warn=lambda line: report(f"warning: {line}"))

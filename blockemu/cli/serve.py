@@ -17,10 +17,12 @@ from blockemu.cli.listener_options import ListenerOptions, listener_options
 from blockemu.cli.object_option import object_option
 from blockemu.cli.sizes import read_size
 from blockemu.cli.thread_options import ThreadOptions, thread_options
+from blockemu.cli.tls_options import tls_options
 from blockemu.cli.verbosity import CliState, verbose_option
 
 if TYPE_CHECKING:
     from blockemu.limits import Limits
+    from blockemu.nbd.tls import TlsPolicy
 
 EPILOG = """
 Each IMAGE is an export of its own, named after its file without the extension, and runs on an
@@ -34,6 +36,8 @@ Examples:
   blockemu serve -f raw --cache direct --bind :: --port 10810 /dev/vg0/disk
   blockemu serve --socket /run/nbd.sock --name root --name data root.qcow2 data.qcow2
   blockemu serve --read-only --control /run/blockemu.qmp disk.qcow2
+  blockemu serve --bind :: --object tls-creds-x509,id=tls0,dir=/etc/pki/nbd,endpoint=server
+    --tls-creds tls0 disk.qcow2
 """
 
 
@@ -65,6 +69,7 @@ Examples:
     metavar="PATH",
     help="Listen for QMP (QEMU's machine protocol) on this unix socket.",
 )
+@tls_options
 @object_option
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.pass_obj
@@ -79,6 +84,7 @@ def serve(
     drive: DriveOptions,
     threads: ThreadOptions,
     limits: Limits,
+    tls: TlsPolicy | None,
     metadata_bytes: int | None,
     control_path: str | None,
     images: tuple[str, ...],
@@ -119,7 +125,8 @@ def serve(
         poll_params=threads.poll_params,
         limits=limits,
         metadata_bytes_max=METADATA_BYTES_MAX if metadata_bytes is None else metadata_bytes,
-        secrets=session_objects().secrets,
+        tls=tls,
+        objects=session_objects(),
     )
     if state.owns_process:
         raise_open_files_limit()

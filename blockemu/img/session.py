@@ -49,7 +49,7 @@ def run_session(
     ctx.adopt()
     try:
         objects = session_objects()
-        opener = Opener(files=files or PosixFiles(), ctx=ctx, secrets=objects.secrets)
+        opener = Opener(files=files or PosixFiles(), ctx=ctx, objects=objects)
         interrupts = 0
 
         def interrupt(signum: int) -> None:

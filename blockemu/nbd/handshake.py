@@ -43,6 +43,7 @@ from blockemu.loop.sync import yield_now
 from blockemu.nbd import meta_context
 from blockemu.nbd.reply_style import EXTENDED, SIMPLE, STRUCTURED, ReplyStyle
 from blockemu.nbd.session import Session, transmission_flags
+from blockemu.nbd.tls import BEFORE_TLS, TlsPolicy
 
 if TYPE_CHECKING:
     from blockemu.exports import Export, ExportTable
@@ -112,11 +113,14 @@ class Negotiation:
         limits: Limits,
         *,
         lists: bool = True,
+        tls: TlsPolicy | None = None,
     ) -> None:
+        """`tls`: None is a server without."""
         self._stream = stream
         self._lists = lists
         self._exports = exports
         self._limits = limits
+        self._tls = tls
         self._no_zeroes = False
         self._fixed = False
         self._style: ReplyStyle = SIMPLE
@@ -126,6 +130,7 @@ class Negotiation:
             Option.NBD_OPT_EXPORT_NAME: self._export_name,
             Option.NBD_OPT_ABORT: self._abort,
             Option.NBD_OPT_LIST: self._list,
+            Option.NBD_OPT_STARTTLS: self._start_tls,
             Option.NBD_OPT_INFO: self._info,
             Option.NBD_OPT_GO: self._go,
             Option.NBD_OPT_STRUCTURED_REPLY: self._structured_reply,
@@ -172,6 +177,8 @@ class Negotiation:
             raise NegotiationError(f"bad option magic {magic:#x}")
         if not self._fixed and option != Option.NBD_OPT_EXPORT_NAME:
             raise NegotiationError(f"option {option} without fixed newstyle")
+        if self._needs_tls(option):
+            return await self._refuse_without_tls(option, length)
         if length > self._limits.option_length_max:
             return await self._too_big(option, length)
         data = await self._stream.receive(length)
@@ -195,6 +202,19 @@ class Negotiation:
         if option == Option.NBD_OPT_ABORT:
             return await self._abort(option, b"")
         await self._reply(option, Reply.NBD_REP_ERR_TOO_BIG, b"option data too long")
+        return True
+
+    def _needs_tls(self, option: int) -> bool:
+        if self._tls is None or not self._tls.required or self._stream.secure:
+            return False
+        return option not in BEFORE_TLS
+
+    async def _refuse_without_tls(self, option: int, length: int) -> bool:
+        """Whatever it says: nothing is learnt, and nothing told, before TLS ("FORCEDTLS mode")."""
+        if option == Option.NBD_OPT_EXPORT_NAME:
+            raise NegotiationError("EXPORT_NAME without TLS, which is required")
+        await self._stream.discard(length)
+        await self._reply(option, Reply.NBD_REP_ERR_TLS_REQD, b"this server requires TLS")
         return True
 
     async def _reply(self, option: int, reply: Reply, data: bytes = b"") -> None:
@@ -228,7 +248,8 @@ class Negotiation:
     def _choose(self, export: Export) -> Session:
         """The client gets in, on these terms, unless it doesn't live to hear of it."""
         export.clients += 1
-        self._session = Session(export, self._style, self._contexts.on(export))
+        contexts = self._contexts.on(export)
+        self._session = Session(export, self._style, contexts, tls=self._stream.tls)
         return self._session
 
     async def _abort(self, option: int, data: bytes) -> bool:
@@ -237,6 +258,27 @@ class Negotiation:
         except NegotiationError:
             pass  # The client need not wait for our farewell.
         return False
+
+    async def _start_tls(self, option: int, data: bytes) -> bool:
+        if self._tls is None:
+            await self._reply(option, Reply.NBD_REP_ERR_POLICY, b"TLS isn't configured here")
+            return True
+        if data:
+            raise InvalidOption("STARTTLS takes no data")
+        if self._stream.secure:
+            raise InvalidOption("TLS has been started already")
+        if self._stream.has_input():
+            # A client waits for our answer. Who doesn't wants it taken for what came through TLS.
+            raise NegotiationError("something came in the clear behind STARTTLS")
+        await self._reply(option, Reply.NBD_REP_ACK)
+        self._forget_agreed()
+        await self._tls.start(self._stream)
+        return True
+
+    def _forget_agreed(self) -> None:
+        """What was agreed on before TLS may have been somebody else's wish ("NBD_OPT_STARTTLS")."""
+        self._style = SIMPLE
+        self._contexts.forget()
 
     async def _list(self, option: int, data: bytes) -> bool:
         if data:

@@ -21,10 +21,9 @@ from blockemu.nbd.reply_queue import EARLY_REPLY_BYTES
 from blockemu.nbd.request import Request
 
 if TYPE_CHECKING:
-    import socket
-
     from blockemu.drivers.direct_map import DirectMap
     from blockemu.loop.buffers import Buffer
+    from blockemu.loop.stream_socket import StreamSocket
     from blockemu.nbd.reply_style import Failure
     from blockemu.nbd.transmission import Connection
 
@@ -42,7 +41,7 @@ class Intake:
         "_started_ns",
     )
 
-    def __init__(self, connection: Connection, sock: socket.socket) -> None:
+    def __init__(self, connection: Connection, sock: StreamSocket) -> None:
         self._connection = connection
         self._sock = sock
         self._received = ReceiveBuffer()

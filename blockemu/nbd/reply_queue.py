@@ -15,10 +15,10 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Sequence
 
     from blockemu.loop.buffers import Buffer, BufferPool
+    from blockemu.loop.stream_socket import StreamSocket
 
 EARLY_REPLY_BYTES = 128 * 1024
 """Queued bytes that are sent without waiting for the end of the round."""
@@ -36,7 +36,7 @@ class ReplyQueue:
 
     __slots__ = ("_pool", "_sock", "buffers", "bytes_held", "parts")
 
-    def __init__(self, sock: socket.socket, pool: BufferPool) -> None:
+    def __init__(self, sock: StreamSocket, pool: BufferPool) -> None:
         self._sock = sock
         self._pool = pool
         self.parts: list[bytes | memoryview] = []

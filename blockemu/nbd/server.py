@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from blockemu.loop.aio_context import AioContext
     from blockemu.nbd.connection import BaseConnection
     from blockemu.nbd.session import Session
+    from blockemu.nbd.tls import TlsPolicy
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +44,18 @@ _HOST_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 class NbdServer:
     """Serves the exports of a table to whoever connects."""
 
-    def __init__(self, ctx: AioContext, exports: ExportTable, *, limits: Limits) -> None:
+    def __init__(
+        self,
+        ctx: AioContext,
+        exports: ExportTable,
+        *,
+        limits: Limits,
+        tls: TlsPolicy | None = None,
+    ) -> None:
         self._ctx = ctx
         self._exports = exports
         self._limits = limits
+        self._tls = tls
         self._listeners: dict[socket.socket, bool] = {}
         self._negotiating: set[NegotiationStream] = set()
         self._connections: set[BaseConnection] = set()
@@ -184,7 +193,7 @@ class NbdServer:
         stream = NegotiationStream(sock, self._ctx, bytes_max=bytes_max)
         self._negotiating.add(stream)
         self._update_accepting()
-        negotiation = Negotiation(stream, self._exports, self._limits, lists=lists)
+        negotiation = Negotiation(stream, self._exports, self._limits, lists=lists, tls=self._tls)
         self._ctx.spawn(self._negotiate(sock, stream, negotiation, peer), name="nbd-negotiation")
 
     async def _negotiate(
@@ -207,7 +216,7 @@ class NbdServer:
             else:
                 if session is not None:
                     session.export.clients -= 1
-                sock.close()
+                stream.close()
                 self._gone()
 
     def _hand_over(self, sock: socket.socket, session: Session, peer: str) -> None:
@@ -245,10 +254,16 @@ def make_connection(
     on_closed: Callable[[], None],
     peer: str = "",
 ) -> BaseConnection:
-    """A connection in transmission: C moves its data where the export's context has a native poll.
+    """A connection in transmission: C moves its data where the export's context has a native poll,
+    unless it goes through TLS.
 
     Context: any thread; then have the home thread call `start`.
     """
+    if session.tls is not None:
+        # Here, since most servers have no TLS.
+        from blockemu.nbd.tls_connection import TlsConnection
+
+        return TlsConnection(sock, session, limits=limits, on_closed=on_closed, peer=peer)
     if session.export.backend.ctx.native is None:
         return Connection(sock, session, limits=limits, on_closed=on_closed, peer=peer)
     # Here, since without a native poll the extension isn't needed.

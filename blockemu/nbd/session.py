@@ -11,6 +11,7 @@ from blockemu.nbd.reply_style import SIMPLE, ReplyStyle
 
 if TYPE_CHECKING:
     from blockemu.exports import Export
+    from blockemu.loop.tls_stream import TlsStream
     from blockemu.nbd.meta_context import MetaContext
 
 
@@ -23,6 +24,8 @@ class Session:
     """How requests and replies look."""
     contexts: tuple[MetaContext, ...] = ()
     """What BLOCK_STATUS tells about, unless a request chooses some of them."""
+    tls: TlsStream | None = None
+    """What the client's bytes go through; None: the socket itself."""
 
 
 def transmission_flags(

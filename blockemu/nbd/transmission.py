@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from blockemu.limits import Limits
     from blockemu.loop.bottom_half import BH
+    from blockemu.loop.stream_socket import StreamSocket
     from blockemu.nbd.reply_style import Failure
     from blockemu.nbd.session import Session
 
@@ -87,10 +88,14 @@ class Connection(BaseConnection):
 
     def _begin_to_serve(self) -> None:
         self._now_ns = self.ctx.clock_reader()
-        self.replies = ReplyQueue(self._sock, self.pool)
-        self.intake = Intake(self, self._sock)
+        self.replies = ReplyQueue(self._stream(), self.pool)
+        self.intake = Intake(self, self._stream())
         self._continue_bh = self.ctx.new_bh(self.go_on, name="nbd-continue")
         self._set_interest()
+
+    def _stream(self) -> StreamSocket:
+        """What requests come from and replies go to."""
+        return self._sock
 
     def _stop_reading(self) -> None:
         self.intake.forget()

@@ -28,9 +28,15 @@ _WORDS: Final = {
 }
 
 
-def list_exports(address: NbdAddress) -> Iterator[str]:
-    """Line by line. Context: the main thread, in which no loop runs. Raises: ImageError."""
-    found = ask_all(uri_of(address))
+def list_exports(
+    address: NbdAddress, *, tls_id: str | None = None, tls_hostname: str | None = None
+) -> Iterator[str]:
+    """Line by line. `tls_id`: of an object with credentials.
+
+    Context: the main thread, in which no loop runs. Raises: ImageError.
+    """
+    tls = {"tls-creds": tls_id, "tls-hostname": tls_hostname}
+    found = ask_all(uri_of(address), {key: value for key, value in tls.items() if value})
     yield f"exports available: {len(found.exports)}"
     for export, _ in found.exports:
         yield from _lines(export)

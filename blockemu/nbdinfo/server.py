@@ -4,14 +4,21 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 from blockemu.drivers.errors import ImageError
-from blockemu.drivers.nbd.address import NbdAddress, is_nbd_uri, parse_uri, take_address
+from blockemu.drivers.nbd.address import (
+    NbdAddress,
+    is_nbd_uri,
+    parse_uri,
+    take_address,
+    tls_query,
+)
 from blockemu.drivers.nbd.client_handshake import RefusedError
+from blockemu.drivers.nbd.client_tls import with_tls
 from blockemu.drivers.nbd.inspection import (
     ExportInfo,
     Inspection,
@@ -19,8 +26,8 @@ from blockemu.drivers.nbd.inspection import (
     ServerFacts,
     inspecting,
 )
+from blockemu.drivers.registry import Opener
 from blockemu.img.session import run_session
-from blockemu.loop.aio_context import AioContext
 
 T = TypeVar("T")
 
@@ -37,23 +44,24 @@ class ServerInfo:
     problems: tuple[str, ...] = ()
 
 
-def address_of(uri: str) -> NbdAddress:
-    """Where `uri` leads. Raises: ImageError."""
+async def address_of(uri: str, opener: Opener, tls: Mapping[str, str] | None = None) -> NbdAddress:
+    """Where `uri` leads. Suspends: while credentials are read. Raises: ImageError."""
     if not is_nbd_uri(uri):
         reason = "is no NBD URI; those begin with nbd://, nbds:// or nbd+unix://"
         raise ImageError(uri, reason)
-    options = parse_uri(uri)
+    options = {**parse_uri(uri), **(tls or {})}
     del options["driver"]
-    return take_address(uri, options)
+    return await with_tls(uri, take_address(uri, options), options, opener)
 
 
 def uri_of(address: NbdAddress) -> str:
     """`address` as nbdinfo writes it, with every part that has a default."""
     export = quote(address.export.encode(errors="surrogateescape"), safe="/")
+    scheme = "nbd" if address.tls is None else "nbds"
     if address.path is not None:
         path = quote(address.path.encode(errors="surrogateescape"), safe="/")
-        return f"nbd+unix:///{export}?socket={path}"
-    return f"nbd://{address.server}/{export}"
+        return f"{scheme}+unix:///{export}?socket={path}{tls_query(address.tls, '&')}"
+    return f"{scheme}://{address.server}/{export}{tls_query(address.tls, '?')}"
 
 
 def ask(uri: str, question: Callable[[Inspection, str], Coroutine[Any, Any, T]]) -> T:
@@ -62,33 +70,37 @@ def ask(uri: str, question: Callable[[Inspection, str], Coroutine[Any, Any, T]])
 
     Context: the main thread, in which no loop runs. Raises: ImageError.
     """
-    address = address_of(uri)
 
-    async def work(ctx: AioContext) -> T:
-        async with inspecting(address, ctx, shown=uri) as inspection:
+    async def work(opener: Opener) -> T:
+        address = await address_of(uri, opener)
+        async with inspecting(address, opener.ctx, shown=uri) as inspection:
             return await question(inspection, address.export)
 
-    return run_session(lambda opener: work(opener.ctx))
+    return run_session(work)
 
 
 def ask_export(uri: str) -> ServerInfo:
     """The export of `uri`. Context: as `ask`. Raises: ImageError."""
 
-    async def question(inspection: Inspection, export: str) -> ServerInfo:
-        info = await inspection.info(export)
-        shown = uri_of(address_of(uri))
-        return ServerInfo(server=inspection.server, exports=((info, shown),))
+    async def work(opener: Opener) -> ServerInfo:
+        address = await address_of(uri, opener)
+        async with inspecting(address, opener.ctx, shown=uri) as inspection:
+            info = await inspection.info(address.export)
+            return ServerInfo(server=inspection.server, exports=((info, uri_of(address)),))
 
-    return ask(uri, question)
-
-
-def ask_all(uri: str) -> ServerInfo:
-    """All exports of the server of `uri`. Context: as `ask`. Raises: ImageError."""
-    address = address_of(uri)
-    return run_session(lambda opener: _ask_all(address, opener.ctx, uri))
+    return run_session(work)
 
 
-async def _ask_all(address: NbdAddress, ctx: AioContext, shown: str) -> ServerInfo:
+def ask_all(uri: str, tls: Mapping[str, str] | None = None) -> ServerInfo:
+    """All exports of the server of `uri`. `tls`: more options of the driver's, about TLS.
+
+    Context: as `ask`. Raises: ImageError.
+    """
+    return run_session(lambda opener: _ask_all(opener, uri, tls or {}))
+
+
+async def _ask_all(opener: Opener, shown: str, tls: Mapping[str, str]) -> ServerInfo:
+    address, ctx = await address_of(shown, opener, tls), opener.ctx
     exports: list[tuple[ExportInfo, str]] = []
     problems: list[str] = []
     async with inspecting(address, ctx, shown=shown) as inspection:

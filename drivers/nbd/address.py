@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.nbd.client_tls import URI_KEYS, ClientTls
 from blockemu.drivers.nbd.protocol import STRING_LENGTH_MAX
 from blockemu.drivers.options import (
     refuse_unknown,
@@ -51,6 +52,7 @@ class NbdAddress:
     ipv6: bool = True
     keep_alive: bool = True
     export: str = ""
+    tls: ClientTls | None = None
 
     @property
     def server(self) -> str:
@@ -66,15 +68,28 @@ class NbdAddress:
     @property
     def uri(self) -> str:
         """The name that QEMU shows for it; it can be opened again, but for a descriptor's."""
+        scheme = "nbd" if self.tls is None else "nbds"
         export = quote(self.export.encode(errors="surrogateescape"), safe="/:@!$&'()*+,;=")
         if self.path is not None:
             path = quote(self.path.encode(errors="surrogateescape"), safe="/:@!$'()*+,;=")
-            return f"nbd+unix://{'/' if export else ''}{export}?socket={path}"
+            query = f"?socket={path}{tls_query(self.tls, '&')}"
+            return f"{scheme}+unix://{'/' if export else ''}{export}{query}"
+        query = tls_query(self.tls, "?")
+        where = self.server
         if self.cid is not None:
-            return f"nbd+vsock://{self.cid}:{self.port}{'/' if export else ''}{export}"
-        if self.fd is not None:
-            return f"nbd+fd://{self.fd}{'/' if export else ''}{export}"
-        return f"nbd://{self.server}{'/' if export else ''}{export}"
+            scheme, where = f"{scheme}+vsock", f"{self.cid}:{self.port}"
+        elif self.fd is not None:
+            scheme, where = f"{scheme}+fd", str(self.fd)
+        return f"{scheme}://{where}{'/' if export else ''}{export}{query}"
+
+
+def tls_query(tls: ClientTls | None, before: str) -> str:
+    """What a URI says of TLS, behind `before`; nothing, where that is nothing."""
+    items = tls.query if tls is not None else ()
+    text = "&".join(
+        f"{key}={quote(value.encode(errors='surrogateescape'))}" for key, value in items
+    )
+    return f"{before}{text}" if text else ""
 
 
 def is_nbd_uri(name: str) -> bool:
@@ -88,28 +103,32 @@ def parse_uri(uri: str) -> dict[str, Any]:
     if found is None:
         raise ImageError(uri, "is no NBD URI")
     secure, transport = found[1].lower() == "nbds", (found[2] or "").lower()
-    if secure:
-        raise ImageError(uri, "TLS isn't supported yet (nbds://)")
     if transport not in ("", "+tcp", "+unix", "+vsock"):
         raise ImageError(uri, f"there is no NBD over '{transport[1:]}': it is tcp, unix or vsock")
     try:
         parts = urlsplit(uri)
         port = parts.port
         host = unquote(parts.hostname or "")
-        query = [item.partition("=") for item in parts.query.split("&") if item]
+        user = unquote(parts.username or "")
+        query, tls = _split_query(parts.query)
     except ValueError as error:
         raise ImageError(uri, f"is no URI: {error}") from None
     export = unquote(parts.path, errors="surrogateescape").lstrip("/")
     options: dict[str, Any] = {"driver": "nbd"}
+    if secure:
+        options |= {"tls": True, **({"tls-username": user} if user else {}), **tls}
+    elif tls:
+        raise ImageError(uri, f"'{next(iter(tls))}' goes with nbds:// only")
     if transport == "+unix":
-        if parts.netloc or len(query) != 1 or query[0][0] != "socket" or not query[0][2]:
+        if parts.hostname or len(query) != 1 or query[0][0] != "socket" or not query[0][2]:
             reason = "is no URI of a unix socket: that is nbd+unix:///EXPORT?socket=PATH"
             raise ImageError(uri, reason)
         path = unquote(query[0][2], errors="surrogateescape")
         options["server"] = {"type": "unix", "path": path}
     else:
         if query:
-            raise ImageError(uri, f"'?{parts.query}' means nothing in a URI of NBD over TCP")
+            key = query[0][0]
+            raise ImageError(uri, f"'{key}' means nothing in a URI of NBD over TCP")
         if not host:
             raise ImageError(uri, "names no host")
         kind, host_key = ("vsock", "cid") if transport == "+vsock" else ("inet", "host")
@@ -121,6 +140,15 @@ def parse_uri(uri: str) -> dict[str, Any]:
     if export:
         options["export"] = export
     return options
+
+
+def _split_query(query: str) -> tuple[list[tuple[str, str, str]], dict[str, str]]:
+    """A query's items about anything else, and those about TLS."""
+    items = [item.partition("=") for item in query.split("&") if item]
+    tls = {
+        key: unquote(value, errors="surrogateescape") for key, _, value in items if key in URI_KEYS
+    }
+    return [item for item in items if item[0] not in URI_KEYS], tls
 
 
 def take_address(name: str, options: dict[str, Any]) -> NbdAddress:

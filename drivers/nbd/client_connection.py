@@ -28,6 +28,7 @@ from blockemu.drivers.nbd.protocol import (
 )
 from blockemu.drivers.nbd.replies import InFlight, ProtocolViolation, ReplyParser
 from blockemu.loop.coroutine import Cancelled
+from blockemu.loop.stream_socket import has_buffered
 from blockemu.loop.sync import Semaphore
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class ClientConnection:
         self._send_deferred = False
         if self._out:
             self._send_later()
+        self._read_buffered_later()
 
     def detach(self) -> None:
         """Leave the context. Nobody waits for a request; some may be left that were given up."""
@@ -266,6 +268,17 @@ class ClientConnection:
             self.drop(f"the server {violation}", final=True)
         except OSError as error:
             self.drop(f"receiving from the server failed: {error.strerror}")
+        self._read_buffered_later()
+
+    def _read_buffered_later(self) -> None:
+        """TLS may have more for us, of which no poll would tell."""
+        ctx = self._ctx
+        if ctx is not None and self._lost is None and has_buffered(self._sock):
+            ctx.schedule_oneshot(lambda: self._read_buffered(ctx))
+
+    def _read_buffered(self, ctx: AioContext) -> None:
+        if self._ctx is ctx and self._lost is None and has_buffered(self._sock):
+            self._on_readable()
 
     # --- the end ---
 

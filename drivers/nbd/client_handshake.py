@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from blockemu.drivers.nbd.negotiation_stream import NegotiationError, NegotiationStream
 from blockemu.drivers.nbd.protocol import (
@@ -34,6 +35,9 @@ from blockemu.drivers.nbd.protocol import (
     Reply,
     TransmissionFlag,
 )
+
+if TYPE_CHECKING:
+    from blockemu.drivers.nbd.client_tls import ClientTls
 
 OLDSTYLE_MAGIC = 0x00420281861253
 
@@ -59,7 +63,7 @@ _ERROR_BIT = 1 << 31
 _REFUSALS = {
     Reply.NBD_REP_ERR_POLICY: "the server's policy forbids it",
     Reply.NBD_REP_ERR_INVALID: "the server calls the request invalid",
-    Reply.NBD_REP_ERR_TLS_REQD: "the server wants TLS, which isn't supported yet",
+    Reply.NBD_REP_ERR_TLS_REQD: "the server wants TLS: it takes tls-creds=, or a nbds:// URI",
     Reply.NBD_REP_ERR_UNKNOWN: "the server has no such export",
     Reply.NBD_REP_ERR_SHUTDOWN: "the server is shutting down",
     Reply.NBD_REP_ERR_BLOCK_SIZE_REQD: "the server wants block sizes to be obeyed",
@@ -173,7 +177,24 @@ class Negotiation:
             answer |= ClientFlag.NBD_FLAG_C_NO_ZEROES
             self._no_zeroes = True
         await self._stream.send(CLIENT_FLAGS.pack(answer))
+        if self._stream.wants_tls is not None:
+            await self._start_tls(self._stream.wants_tls, fixed=fixed)
         return fixed
+
+    async def _start_tls(self, tls: ClientTls, *, fixed: bool) -> None:
+        """Before anything else is said; without TLS we don't go on."""
+        if not fixed:
+            raise RefusedError("the server has no TLS, and no options to ask for it")
+        await self._send(Option.NBD_OPT_STARTTLS)
+        kind, data = await self._reply(Option.NBD_OPT_STARTTLS)
+        if kind != Reply.NBD_REP_ACK or data:
+            raise RefusedError(f"no TLS: {refusal(kind, data)}")
+        try:
+            await self._stream.start_tls(tls.stream(self._stream.socket))
+        except NegotiationError as error:
+            if getattr(error.__cause__, "final", False):
+                raise RefusedError(str(error)) from error
+            raise
 
     # --- options ---
 

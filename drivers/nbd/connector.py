@@ -32,7 +32,7 @@ from blockemu.loop.stream_socket import (
 if TYPE_CHECKING:
     from blockemu.drivers.nbd.address import NbdAddress
     from blockemu.loop.coroutine import Task
-    from blockemu.loop.stream_socket import StreamSocket
+    from blockemu.loop.stream_socket import PlainSocket, StreamSocket
 
 ATTEMPT_NS: Final = 30_000_000_000
 """For one attempt to connect and negotiate. A server that answers at all does so sooner."""
@@ -93,15 +93,15 @@ class Connector:
         try:
             stream = NegotiationStream(
                 sock, running_context(), bytes_max=NEGOTIATION_BYTES_MAX, peer="the server",
-                external=False,
+                external=False, wants_tls=self._address.tls,
             )  # fmt: skip
             facts = await negotiate(stream, self._address.export, self._meta_context)
         except BaseException:
             sock.close()
             raise
-        return Connected(sock, facts)
+        return Connected(stream.transport, facts)
 
-    async def _connect_socket(self) -> StreamSocket:
+    async def _connect_socket(self) -> PlainSocket:
         if self._address.fd is not None:
             if self._fd_is_used:
                 reason = "the socket that was handed over is used up, and there is no other"
@@ -115,7 +115,7 @@ class Connector:
             raise OSError(error.errno, reason) from error
 
 
-async def open_socket(address: NbdAddress) -> StreamSocket:
+async def open_socket(address: NbdAddress) -> PlainSocket:
     """A connection to the server, on which nothing has been said. Suspends: until it is there.
 
     Raises: OSError.

@@ -11,6 +11,7 @@ from blockemu.drivers.driver import BlockDriver, BlockStatus, RequestFlags
 from blockemu.drivers.errors import ImageError, io_error
 from blockemu.drivers.nbd.address import U32_MAX, take_address
 from blockemu.drivers.nbd.client_handshake import BASE_ALLOCATION
+from blockemu.drivers.nbd.client_tls import with_tls
 from blockemu.drivers.nbd.connector import Connector
 from blockemu.drivers.nbd.link import NbdLink
 from blockemu.drivers.nbd.protocol import (
@@ -50,7 +51,8 @@ class NbdDriver(BlockDriver):
     0: once); `reconnect-delay`: seconds for which requests wait for a new connection when the last
     one was lost (default 0: they fail); `multi-conn`: connections to a server that allows several
     (default 1); `x-dirty-bitmap`: a meta context of dirty bits, whose 1 is shown as not allocated
-    and 0 as data. `host`, `port` and `path` without `server` are QEMU's old spelling."""
+    and 0 as data; `tls-creds`, `tls-hostname`, and more of client_tls.py. `host`, `port` and `path`
+    without `server` are QEMU's old spelling."""
 
     name = "nbd"
     is_protocol = True
@@ -64,6 +66,7 @@ class NbdDriver(BlockDriver):
     @classmethod
     async def open(cls, node: BlockDriverState, options: dict[str, Any], opener: Opener) -> Self:
         address = take_address(node.node_name, options)
+        address = await with_tls(address.uri, address, options, opener)
         name = node.filename = address.uri
         open_timeout_s = _take_seconds(name, options, "open-timeout")
         reconnect_delay_s = _take_seconds(name, options, "reconnect-delay")

@@ -44,10 +44,11 @@ from blockemu.drivers.nbd.protocol import (
 )
 from blockemu.drivers.nbd.status_reader import Extent, read_statuses
 from blockemu.loop.coroutine import Cancelled, settled
-from blockemu.loop.stream_socket import StreamSocket
+from blockemu.loop.stream_socket import PlainSocket
 
 if TYPE_CHECKING:
     from blockemu.drivers.nbd.address import NbdAddress
+    from blockemu.drivers.nbd.client_tls import ClientTls
     from blockemu.loop.aio_context import AioContext
     from blockemu.loop.coroutine import Task
 
@@ -260,9 +261,9 @@ async def inspecting(
     """
     watch = _Watch(ctx)
     try:
-        sock = await watch.connect(address)
+        stream = _WatchedStream(await watch.connect(address), ctx, watch, address.tls)
         try:
-            inspection = Inspection(_WatchedStream(sock, ctx, watch))
+            inspection = Inspection(stream, tls=address.tls is not None)
             await inspection.begin()
             try:
                 yield inspection
@@ -271,7 +272,7 @@ async def inspecting(
                 raise
             await inspection.leave()
         finally:
-            sock.close()
+            stream.close()
     except NegotiationError as error:
         raise ImageError(shown, str(error)) from error
     finally:
@@ -285,7 +286,7 @@ class _Watch:
         self._ctx = ctx
         self._timer = ctx.new_timer(self._expire)
         self._expired = False
-        self.waiting: Task[StreamSocket] | NegotiationStream | None = None
+        self.waiting: Task[PlainSocket] | NegotiationStream | None = None
 
     def renew(self) -> None:
         """Whoever waits has SILENCE_NS from now on."""
@@ -301,7 +302,7 @@ class _Watch:
         elif self.waiting is not None:
             self.waiting.cancel()
 
-    async def connect(self, address: NbdAddress) -> StreamSocket:
+    async def connect(self, address: NbdAddress) -> PlainSocket:
         """Suspends: until the connection is there. Raises: NegotiationError."""
         task = self._ctx.spawn(open_socket(address))
         self.waiting = task
@@ -324,10 +325,13 @@ class _Watch:
 class _WatchedStream(NegotiationStream):
     """Each of its waits has SILENCE_NS."""
 
-    def __init__(self, sock: StreamSocket, ctx: AioContext, watch: _Watch) -> None:
+    def __init__(
+        self, sock: PlainSocket, ctx: AioContext, watch: _Watch, tls: ClientTls | None
+    ) -> None:
         super().__init__(
-            sock, ctx, bytes_max=INSPECTED_BYTES_MAX, peer="the server", external=False
-        )
+            sock, ctx, bytes_max=INSPECTED_BYTES_MAX, peer="the server", external=False,
+            wants_tls=tls,
+        )  # fmt: skip
         self._watch = watch
         watch.waiting = self
 

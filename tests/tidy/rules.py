@@ -86,10 +86,16 @@ SEAMS = (
         "open the file through the FileEngine that was handed in (loop/host_file.py)",
     ),
     Seam(
-        frozenset({"socket", "socketserver", "ssl"}),
+        frozenset({"socket", "socketserver"}),
         # A signal's wake-up byte needs a socket pair.
-        ("blockemu/", "loop/signals.py", "loop/stream_socket.py", "loop/socket_options.py"),
+        ("blockemu/", "loop/signals.py", "loop/stream_socket.py", "loop/socket_options.py")
+        + ("loop/tls_stream.py",),
         "servers are floor 4's; a client gets its socket from loop/stream_socket.py",
+    ),
+    Seam(
+        frozenset({"ssl"}),
+        ("loop/tls_stream.py", "drivers/crypto/tls_"),
+        "credentials make streams (drivers/crypto/tls_credentials.py), and these look like sockets",
     ),
     Seam(
         frozenset({"signal.signal", "signal.set_wakeup_fd", "signal.sigwait"}),

@@ -12,6 +12,7 @@ from typing import Any
 
 from blockemu.addresses import Address, InheritedAddress, TcpAddress, UnixAddress, parse_vsock
 from blockemu.exports import ExportSpec
+from blockemu.nbd.tls import tls_policy
 from blockemu.qmp.command import Command, Session
 from blockemu.qmp.commands.block_export import (
     MODE_DEFAULT,
@@ -79,6 +80,8 @@ class NbdServerStartArguments:
     """Of `nbd-server-start`."""
 
     addr: SocketAddress
+    tls_creds: str | None = None
+    tls_authz: str | None = None
     max_connections: int = CONNECTIONS_DEFAULT
 
 
@@ -112,7 +115,14 @@ async def nbd_server_start(session: Session, arguments: NbdServerStartArguments)
     if arguments.max_connections:
         connections_max = min(arguments.max_connections, limits.connections_max)
         limits = dataclasses.replace(limits, connections_max=connections_max)
-    daemon.nbd.start([parse_address(arguments.addr)], limits, listing=daemon.config.listing)
+    tls = tls_policy(
+        daemon.opener.objects,
+        credentials_id=arguments.tls_creds,
+        authz_id=arguments.tls_authz,
+        says=("tls-creds", "tls-authz", "tls"),
+    )
+    addresses = [parse_address(arguments.addr)]
+    daemon.nbd.start(addresses, limits, listing=daemon.config.listing, tls=tls)
     return {}
 
 

@@ -66,7 +66,7 @@ DEEP = '{"file":' * (JSON_DEPTH_MAX + 2) + "{}" + "}" * (JSON_DEPTH_MAX + 2)
         ("foo:bar", "Unknown protocol 'foo'"),
         (":bar", "Unknown protocol ''"),
         ("ssh://host/file", "Unknown protocol 'ssh'"),
-        ("nbds://host/e", "TLS isn't supported yet"),
+        ("nbd://host/e?tls-hostname=x", "goes with nbds:// only"),
         ("json:{bad", "Could not parse the JSON options"),
         ("json:", "Could not parse the JSON options"),
         ("json:[]", "Invalid JSON object given"),

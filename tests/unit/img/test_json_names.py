@@ -39,7 +39,7 @@ BAD = {
     'json:{"driver":"nbd","server":{"type":"unix","path":"gone"},"x":1}': "connecting to gone",
     'json:{"driver":"nbd"}': "option 'server' is missing",
     "foo:bar": "Unknown protocol 'foo'",
-    "nbds://localhost/x": "TLS isn't supported yet",
+    "nbd://localhost/x?tls-username=me": "goes with nbds:// only",
     "nbd://localhost:0x/": "is no URI",
     "nbd+unix:///x": "is no URI of a unix socket",
 }

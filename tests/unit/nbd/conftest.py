@@ -23,19 +23,26 @@ from blockemu.exports import Export, ExportTable
 from blockemu.limits import Limits
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.clock import VirtualClock
+from blockemu.loop.tls_stream import TlsStream
 from blockemu.nbd.connection import BaseConnection
 from blockemu.nbd.reply_style import STYLES
 from blockemu.nbd.server import NbdServer, make_connection
 from blockemu.nbd.session import Session
+from blockemu.nbd.tls import TlsPolicy
 from blockemu.nbd.transmission import Connection
+from tests.peers.certificates import Pki, make_pki
 from tests.unit.nbd.client import Client
 from tests.unit.nbd.fakes import FakeBackend
+from tests.unit.nbd.tls_client import TlsSocket, client_context, credentials
 
 DISK_BYTES = 2 << 20
 
 
 KINDS = ("python", "native")
 STYLE_NAMES = tuple(style.name for style in STYLES)
+
+TLS_TOO = ("test_transmission_commands", "test_transmission_end", "test_transmission_flow")
+"""Modules whose tests run over TLS as well."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,10 +53,22 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "kind" in metafunc.fixturenames:
         only = metafunc.definition.get_closest_marker("kind_only")
-        metafunc.parametrize("kind", only.args[:1] if only is not None else KINDS)
-    if "style" in metafunc.fixturenames:
+        kinds = only.args[:1] if only is not None else KINDS
+        if "style" not in metafunc.fixturenames:
+            metafunc.parametrize("kind", kinds)
+            return
         only = metafunc.definition.get_closest_marker("style_only")
-        metafunc.parametrize("style", only.args if only is not None else STYLE_NAMES)
+        styles = only.args if only is not None else STYLE_NAMES
+        pairs = [(kind, style) for kind in kinds for style in styles]
+        if metafunc.module.__name__.endswith(TLS_TOO) and kinds == KINDS:
+            pairs.append(("tls", styles[-1]))  # which style hardly matters there
+        metafunc.parametrize(("kind", "style"), pairs)
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    """Good credentials, and who can make bad ones."""
+    return make_pki(tmp_path_factory.mktemp("pki"))
 
 
 @pytest.fixture
@@ -96,11 +115,30 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         theirs = socket.create_connection(listener.getsockname())
         ours, _ = listener.accept()
+    for end in (ours, theirs):
+        # Or the kernel may hold back what a test has sent until the next round.
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return ours, theirs
 
 
+def tls_pair(ours: socket.socket, client: Client, pki: Pki) -> TlsStream:
+    """Our end of a connection under TLS; the client has the other."""
+    stream = credentials(pki.folder, "server").server_stream(ours)
+    theirs = TlsSocket(client.sock, client_context(pki.folder))
+    pending: list[TlsStream] = [theirs, stream]
+    while pending:
+        for end in list(pending):
+            try:
+                end.handshake()
+                pending.remove(end)
+            except BlockingIOError:
+                pass
+    client.sock = theirs  # type: ignore[assignment]
+    return stream
+
+
 @pytest.fixture
-def serve(ctx: AioContext, style: str) -> Iterator[Serve]:
+def serve(ctx: AioContext, kind: str, style: str, pki: Pki) -> Iterator[Serve]:
     """Start a connection on a fake backend; at the end all must go without a trace."""
     made: list[Served] = []
 
@@ -119,11 +157,13 @@ def serve(ctx: AioContext, style: str) -> Iterator[Serve]:
         backend = backend or FakeBackend(ctx, length_bytes, mapped=mapped)
         export = export or Export("disk", backend.as_backend, read_only=read_only)
         closed: list[bool] = []
-        session = Session(export, STYLES[STYLE_NAMES.index(style)])
+        client = Client(theirs, ctx, style=style)
+        tls = tls_pair(ours, client, pki) if kind == "tls" else None
+        session = Session(export, STYLES[STYLE_NAMES.index(style)], tls=tls)
         connection = make_connection(
             ours, session, limits=limits or Limits(), on_closed=lambda: closed.append(True)
         )
-        served = Served(connection, Client(theirs, ctx, style=style), backend, export, closed)
+        served = Served(connection, client, backend, export, closed)
         ctx.schedule_oneshot(connection.start)
         served.client.rounds(2)
         made.append(served)
@@ -199,7 +239,7 @@ def start_server(ctx: AioContext, tmp_path: Path) -> Iterator[StartServer]:
     """Start a server; at the end it must be able to close without a trace."""
     made: list[Server] = []
 
-    def start(*, limits: Limits | None = None) -> Server:
+    def start(*, limits: Limits | None = None, tls: TlsPolicy | None = None) -> Server:
         exports = ExportTable()
         backend = FakeBackend(ctx, DISK_BYTES)
         exports.add(Export("disk", backend.as_backend, description="the first"))
@@ -210,7 +250,7 @@ def start_server(ctx: AioContext, tmp_path: Path) -> Iterator[StartServer]:
         listener.bind(str(path))
         listener.listen(64)
         listener.setblocking(False)
-        server = NbdServer(ctx, exports, limits=limits or Limits())
+        server = NbdServer(ctx, exports, limits=limits or Limits(), tls=tls)
         server.listen(listener)
         made.append(Server(ctx, server, exports, backend, path))
         return made[-1]

@@ -41,7 +41,7 @@ def uris(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     empty = folder / "empty.raw"
     empty.touch()
     with ExitStack() as stack:
-        qemu = QemuNbd(top, fmt="qcow2", socket_path=folder / "q", export="a b/c", bitmap="b0")
+        qemu = QemuNbd(top, fmt="qcow2", socket_path=folder / "q", export="a b/c", bitmaps=["b0"])
         qemu.command += ["-A", "-D", 'It\'s "a" disk']
         read_only = QemuNbd(base, fmt="qcow2", socket_path=folder / "r", read_only=True)
         kit = NbdKit(odd, socket_path=folder / "k", filters=["blocksize-policy"],

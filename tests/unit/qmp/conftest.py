@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from blockemu.drivers.crypto.offload import in_place
-from blockemu.drivers.crypto.secrets import SecretTable
+from blockemu.drivers.crypto.user_objects import UserObjects
 from blockemu.exports import ExportTable
 from blockemu.loop.aio_context import AioContext
 from blockemu.qmp.server import QmpServer
@@ -32,7 +32,7 @@ def daemon() -> Any:
     stub = SimpleNamespace(
         exports=ExportTable(),
         iothreads={},
-        opener=SimpleNamespace(nodes={}, secrets=SecretTable(), offload=in_place),
+        opener=SimpleNamespace(nodes={}, objects=UserObjects(), offload=in_place),
         stop_count=0,
     )
 

@@ -54,8 +54,8 @@ def test_uri_is_an_address_and_shown_so_that_it_opens_again(
 @pytest.mark.parametrize(
     ("uri", "reason"),
     [
-        ("nbds://h/x", "TLS isn't supported yet"),
-        ("nbds+unix:///x?socket=y", "TLS isn't supported yet"),
+        ("nbd://h/x?tls-hostname=y", "goes with nbds:// only"),
+        ("nbds+unix:///x?tls-hostname=y", "is no URI of a unix socket"),
         ("nbd+sctp://1/x", "no NBD over 'sctp'"),
         ("nbd:///x", "names no host"),
         ("nbd://h:99999/x", "is no URI"),

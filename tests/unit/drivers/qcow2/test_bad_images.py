@@ -81,7 +81,7 @@ def test_backing_file_without_a_format_is_refused_with_advice(images: Images) ->
         ("json:{}", "backing file 'json:{}': option 'file' is missing"),
         ("json:{", "Could not parse the JSON options"),
         ('json:{"file":{"driver":"nope"}}', "there is no driver 'nope'"),
-        ("nbds://host/", "TLS isn't supported yet"),
+        ("nbds://host/?tls=1", "means nothing in a URI of NBD over TCP"),
         ("ssh:x", "Unknown protocol 'ssh'"),
     ],
 )
