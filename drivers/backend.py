@@ -161,10 +161,9 @@ class BlockBackend:
         await self._enter(offset, length)
         return await chain_runs(self.node, offset, length, runs_max=runs_max)
 
-    @property
-    def tells_zeroes(self) -> bool:
-        """Whether `known_zeroes` is worth a question, and free."""
-        return self.root.node.driver.tells_zeroes
+    def may_tell_zeroes(self, offset: int, length: int) -> bool:
+        """Whether `known_zeroes` is worth a question. Suspends: never. Raises: OSError."""
+        return not self._quiesced and self.root.node.driver.may_tell_zeroes(offset, length)
 
     async def known_zeroes(self, offset: int, length: int, *, worth: int) -> list[tuple[int, int]]:
         """Where the range is known to be zeroes, at no cost: known_zeroes.py. Raises: OSError."""

@@ -78,12 +78,6 @@ class BlockDriver(ABC):
     keeps_zeroes: ClassVar[bool] = True
     """A filter's: zeroes of the file below, and so its holes, are zeroes here."""
 
-    @property
-    def tells_zeroes(self) -> bool:
-        """`status_runs` says where zeroes are by what a read would look at anyway: it asks no file
-        below, and nobody else."""
-        return False
-
     host_file: HostFile | None = None
     """The host file whose bytes are this node's bytes, offset by offset, where there is one."""
 
@@ -166,6 +160,12 @@ class BlockDriver(ABC):
     async def block_status(self, offset: int, length: int) -> BlockStatus:
         """Describe the bytes from `offset`: at least one, at most `length`."""
         return BlockStatus(length, data=True, zero=False)
+
+    def may_tell_zeroes(self, offset: int, length: int) -> bool:
+        """Whether `status_runs` may know of zeroes in the range, by what a read would look at
+        anyway: it asks no file below, and nobody else. False is quick, and most reads of data get
+        it. Suspends: never. Raises: OSError, where a read would, too."""
+        return False
 
     async def status_runs(self, offset: int, length: int, *, runs_max: int) -> StatusRuns:
         """The same for as much of the range as is cheap, in about `runs_max` runs, at least one:

@@ -4,7 +4,7 @@
 A read of a format node looks at its tables anyway. Where they say that there is nothing, or that
 there are zeroes, whoever passes the bytes on may say so instead of moving them. That is only worth
 it where it is free, so a layer whose answer would be a system call or a wait for somebody isn't
-asked (`BlockDriver.tells_zeroes`): what it holds counts as data, whatever it is.
+asked (`BlockDriver.may_tell_zeroes`): what it holds counts as data, whatever it is.
 """
 
 from __future__ import annotations
@@ -41,11 +41,16 @@ async def known_zeroes(
         layer, position, length = to_ask.pop()
         runs = await layer.status_runs(position, length, runs_max=RUNS_MAX)
         backing = layer.children.get("backing")
-        below = None if backing is None or not backing.node.driver.tells_zeroes else backing.node
+        below = None if backing is None else backing.node
         for run, state in zip(runs.lengths, runs.states, strict=True):
             if state & ZERO:
                 found.append((position, run))
-            elif below is not None and run >= worth and not state & ALLOCATED:
+            elif (
+                below is not None
+                and run >= worth
+                and not state & ALLOCATED
+                and below.driver.may_tell_zeroes(position, run)
+            ):
                 to_ask.append((below, position, run))
             position += run
     return [piece for piece in _joined(sorted(found)) if piece[1] >= worth]

@@ -51,7 +51,7 @@ def may_have_holes(request: Request) -> bool:
         connection.style.structured
         and request.length >= SPARSE_BYTES_MIN
         and not request.flags & DF
-        and connection.export.backend.tells_zeroes
+        and connection.export.backend.may_tell_zeroes(request.offset, request.length)
     )
 
 

@@ -23,6 +23,7 @@ from blockemu.drivers.options import take_dict, take_str
 from blockemu.drivers.qcow2 import resize, snapshot, status, status_walk
 from blockemu.drivers.qcow2.bitmap_directory import BitmapDirectory, read_directory
 from blockemu.drivers.qcow2.bitmap_store import BitmapStore
+from blockemu.drivers.qcow2.cluster_map import Kind
 from blockemu.drivers.qcow2.compression import TYPE_NAMES
 from blockemu.drivers.qcow2.data_file import open_data_file
 from blockemu.drivers.qcow2.features import CORRUPT, DIRTY, LAZY_REFCOUNTS
@@ -50,6 +51,9 @@ log = logging.getLogger(__name__)
 
 GUEST_CLUSTER_MAX = 1 << 55
 """Behind every guest cluster."""
+
+PEEKS_MAX = 16
+"""Extents of data that are looked past for a zero, before it is left to a walk to find one."""
 
 MAP_PAGES_MIN = 4096
 """Clusters that an image's direct map holds however little memory is left."""
@@ -212,10 +216,18 @@ class Qcow2Driver(BlockDriver):
     async def block_status(self, offset: int, length: int) -> BlockStatus:
         return await status.block_status(self.image, offset, length)
 
-    @property
-    def tells_zeroes(self) -> bool:
-        # Of a preallocated image the file would have to be asked. The first answer finds that out.
-        return self.image.preallocated is not True
+    def may_tell_zeroes(self, offset: int, length: int) -> bool:
+        image = self.image
+        if image.preallocated:  # the file would have to be asked; the first answer finds that out
+            return False
+        for _ in range(PEEKS_MAX):
+            extent = image.clusters.peek(offset, length)
+            if extent is None or extent.kind not in (Kind.DATA, Kind.COMPRESSED):
+                return True
+            if extent.length == length:
+                return False
+            offset, length = offset + extent.length, length - extent.length
+        return True
 
     async def status_runs(self, offset: int, length: int, *, runs_max: int) -> StatusRuns:
         return await status_walk.status_runs(self.image, offset, length, runs_max=runs_max)

@@ -138,7 +138,7 @@ static void nbd_start_read(struct nbd_request *request)
 static int64_t nbd_find_writable(const struct nbd_connection *connection,
                                  const struct nbd_request *request)
 {
-    const struct direct_map *map = connection->map;
+    struct direct_map *map = connection->map;
 
     if (map == NULL || !connection->writable || map->io == MAP_IO_NOWAIT)
         return -1;

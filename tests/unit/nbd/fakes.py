@@ -112,8 +112,7 @@ class FakeBackend:
         """Ourselves, to those who ask for the real thing."""
         return cast("BlockBackend", self)
 
-    @property
-    def tells_zeroes(self) -> bool:
+    def may_tell_zeroes(self, offset: int, length: int) -> bool:
         return self.zeroes is not None
 
     async def known_zeroes(self, offset: int, length: int, *, worth: int) -> list[tuple[int, int]]:

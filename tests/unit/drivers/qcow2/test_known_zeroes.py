@@ -42,6 +42,20 @@ def test_short_stretches_arent_worth_it(images: Images) -> None:
     assert zeroes(disk, 0, 8 * CLUSTER, worth=CLUSTER + 1) == [(3 * CLUSTER, 4 * CLUSTER)]
 
 
+def test_reads_of_data_arent_worth_a_walk(images: Images) -> None:
+    """The usual case, which is told by a look at the tables that are in memory."""
+    images.create("image", 8 * CLUSTER)
+    disk = images.open("image")
+    disk.write(0, b"x" * (4 * CLUSTER))
+    worth = disk.driver.may_tell_zeroes
+    assert not worth(0, 4 * CLUSTER)
+    assert not worth(CLUSTER + 5, 100)
+    assert worth(0, 4 * CLUSTER + 1)
+    assert worth(4 * CLUSTER, CLUSTER)
+    disk.ctx.run(disk.node.pwrite_zeroes(2 * CLUSTER, CLUSTER))
+    assert worth(0, 4 * CLUSTER)
+
+
 def chain(images: Images) -> Disk:
     """Clusters of the top, the middle and a raw base: data in one of them, or nowhere."""
     images.files.add("base", b"\xbb" * (4 * CLUSTER))
@@ -71,7 +85,7 @@ def test_a_chain_is_asked_down_to_what_only_a_file_can_tell(images: Images) -> N
 def test_the_base_isnt_asked(images: Images) -> None:
     disk = chain(images)
     base = disk.node.children["backing"].node.children["backing"].node
-    assert not base.driver.tells_zeroes
+    assert not base.driver.may_tell_zeroes(0, CLUSTER)
 
     async def refuse(*args: object, **kwargs: object) -> None:
         pytest.fail("the base was asked")
