@@ -74,7 +74,7 @@ crash: bootstrap
 		tests/unit/drivers/qcow2/test_freed_clusters.py \
 		tests/unit/drivers/qcow2/test_shared_clusters.py \
 		tests/e2e/test_kill_search.py tests/e2e/test_kill_img.py \
-		tests/e2e/test_shared_clusters.py $(ARGS)
+		tests/e2e/test_shared_clusters.py tests/e2e/test_nbd_reconnect.py $(ARGS)
 
 # The sanitized build also runs tests that load the C parts into pytest's own process.
 SANITIZED_TESTS = tests/unit/nbd tests/unit/loop tests/unit/drivers/test_native_map.py \

@@ -14,10 +14,12 @@ threads, remove the sockets' files.
 
 from __future__ import annotations
 
+import functools
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
+from typing import Any, TypeVar
 
 from blockemu.activation import adopt
 from blockemu.config import DaemonConfig, ImageConfig
@@ -30,8 +32,10 @@ from blockemu.drivers.registry import Opener
 from blockemu.export_control import ExportControl
 from blockemu.exports import Export, ExportSpec, ExportTable
 from blockemu.img.size import format_size
+from blockemu.limits import SECOND_NS
 from blockemu.listen import listen_unix, remove_unix_path
 from blockemu.loop.aio_context import AioContext
+from blockemu.loop.coroutine import Cancelled
 from blockemu.loop.host_file import FileEngine, PosixFiles
 from blockemu.loop.iothread import IOThread
 from blockemu.loop.main_context import MainContext, MainLoop
@@ -44,6 +48,16 @@ from blockemu.qmp.server import QmpServer
 log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+LOOK_NS = 100_000_000
+"""How often a start that waits looks whether it is to end."""
+
+T = TypeVar("T")
+
+
+class _StoppedError(Exception):
+    """We were told to stop while images were being opened."""
 
 
 class Daemon:
@@ -146,14 +160,49 @@ class Daemon:
             signal.pthread_sigmask(how, STOP_SIGNALS)
 
     async def _live(self, on_ready: Callable[[list[str]], None]) -> None:
+        patience = self.main_ctx.new_timer(self._cancel_in_flight)
         async with AsyncExitStack() as undo:
-            await self._start(undo)
+            undo.callback(patience.cancel)
+            try:
+                await self._start(undo)
+            except _StoppedError:
+                log.info("told to stop before the images were open")
+                return
             on_ready(self.describe_exports())
             self._notify("READY=1")
             self._hold_signals(hold=False)
             await self._stopping.wait()
             self._hold_signals(hold=True)
             self._notify("STOPPING=1")
+            patience.arm(self.main_ctx.now_ns() + self.config.limits.remote_linger_ns)
+
+    def _cancel_in_flight(self) -> None:
+        """What still waits for servers that images are on has waited long enough."""
+        seconds = self.config.limits.remote_linger_ns / SECOND_NS
+        reason = f"no answer within {seconds:g} s, and the daemon is stopping"
+        for node in self.opener.nodes.values():
+            node.ctx.schedule_oneshot(functools.partial(node.driver.cancel_in_flight, reason))
+
+    async def _unless_stopped(self, opening: Coroutine[Any, Any, T]) -> T:
+        """What `opening` returns. It may wait for a server, for as long as the user said, and
+        signals wait meanwhile: so we look for them. Raises: _StoppedError."""
+        task = self.main_ctx.spawn(opening, name="open")
+
+        def look() -> None:
+            pending = self._watcher is not None and signal.sigpending() & set(STOP_SIGNALS)
+            if pending or self._stopping.is_set():
+                task.cancel()
+            else:
+                timer.arm(self.main_ctx.now_ns() + LOOK_NS)
+
+        timer = self.main_ctx.new_timer(look)
+        timer.arm(self.main_ctx.now_ns() + LOOK_NS)
+        try:
+            return await task
+        except Cancelled:
+            raise _StoppedError from None
+        finally:
+            timer.cancel()
 
     # --- start; each step says how it is undone ---
 
@@ -211,7 +260,7 @@ class Daemon:
     async def _open_image(self, image: ImageConfig, undo: AsyncExitStack) -> BlockDriverState:
         """Its node, in its thread's context, where we hold it open until the end."""
         thread = self._iothread(image.iothread, undo)
-        node = await self.opener.open_image(
+        opening = self.opener.open_image(
             image.path,
             fmt=image.fmt,
             read_only=image.read_only,
@@ -224,6 +273,7 @@ class Daemon:
             no_flush=image.no_flush,
             offset=image.offset,
         )
+        node = await self._unless_stopped(opening)
         hold = BlockBackend(image.path, node, writable=False, reads=False, shared=Permission.ALL)
         undo.push_async_callback(self._let_go, image.path, hold)
         await hold.move_to(thread.ctx)

@@ -105,6 +105,11 @@ class Limits:
     close either is left. Real clients close as soon as they see the end of the stream, but an idle
     one may not look. Longer than most round trips; what such clients may add to a shutdown."""
 
+    remote_linger_ns: int = 10 * SECOND_NS
+    """At shutdown, the time that NBD servers below us have to answer what was asked of them, before
+    it fails and the daemon ends with an error. Longer than clients are waited for; a stop ends
+    well before a service manager loses its patience (systemd: 90 s)."""
+
     accepts_per_round_max: int = 16
     """Connections accepted in one round of the main loop, so that a flood of them leaves it time
     for everything else."""

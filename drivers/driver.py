@@ -259,9 +259,10 @@ class BlockDriver(ABC):
             f"Can't store persistent bitmaps to {self.node.node_name}: format {self.name} has none",
         )
 
-    def cancel_in_flight(self) -> None:
+    def cancel_in_flight(self, reason: str) -> None:
         """Requests that wait for somebody who may never answer, such as a server, fail with EIO
-        soon, and so do all later ones. The default has nobody to wait for."""
+        soon, and so do all later ones; `reason` is what they say. The default has nobody to wait
+        for."""
         return
 
     async def close(self) -> None:

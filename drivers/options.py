@@ -67,6 +67,25 @@ def take_size(
     return value
 
 
+def take_number(
+    name: str,
+    options: dict[str, Any],
+    key: str,
+    *,
+    lowest: int,
+    highest: int,
+    default: int | object = _REQUIRED,
+) -> int:
+    """An int, or the digits of one. Raises: ImageError."""
+    value = _take(name, options, key, default)
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+        reason = f"option '{key}' is a number from {lowest} to {highest}, not {value!r}"
+        raise ImageError(name, reason)
+    return value
+
+
 def take_str(
     name: str, options: dict[str, Any], key: str, default: str | object | None = _REQUIRED
 ) -> Any:

@@ -43,6 +43,14 @@ class Semaphore:
         """Whether the next `acquire` would wait."""
         return self._value == 0
 
+    def try_acquire(self) -> bool:
+        """Take one, if one is free: without the cost of a coroutine. Nobody is overtaken: where
+        somebody waits, none is free."""
+        if self._value:
+            self._value -= 1
+            return True
+        return False
+
     async def acquire(self) -> None:
         """Take one. Suspends: until one is free, if none is."""
         if self._value:

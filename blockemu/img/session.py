@@ -59,7 +59,7 @@ def run_session(
                 task.cancel()
             else:
                 for node in opener.nodes.values():
-                    node.driver.cancel_in_flight()
+                    node.driver.cancel_in_flight("interrupted")
 
         task = ctx.spawn(work(opener))
         watcher = SignalWatcher(ctx, (signal.SIGINT,), interrupt)

@@ -2,7 +2,8 @@
 """Where an NBD export is: from the driver's options or a URI, and back into a name to show.
 
 URIs are those of the NBD URI specification (doc/uri.md beside the protocol document), as QEMU takes
-them: `nbd://host[:port][/export]`, `nbd+tcp://...`, `nbd+unix:///[export]?socket=PATH`.
+them: `nbd://host[:port][/export]`, `nbd+tcp://...`, `nbd+unix:///[export]?socket=PATH`; and
+`nbd+vsock://cid[:port][/export]`, which QEMU doesn't.
 """
 
 from __future__ import annotations
@@ -15,11 +16,19 @@ from urllib.parse import quote, unquote, urlsplit
 from blockemu.drivers.errors import ImageError
 from blockemu.drivers.nbd.client_tls import URI_KEYS, ClientTls
 from blockemu.drivers.nbd.protocol import STRING_LENGTH_MAX
-from blockemu.drivers.options import refuse_unknown, take_dict, take_str
+from blockemu.drivers.options import (
+    refuse_unknown,
+    take_bool,
+    take_dict,
+    take_number,
+    take_str,
+)
 from blockemu.loop.stream_socket import UNIX_PATH_BYTES_MAX
 
 DEFAULT_PORT = 10809
 """Assigned to NBD by IANA."""
+
+U32_MAX = 2**32 - 1
 
 _NBD_URI = re.compile(r"(nbds?)(\+[a-z]+)?://", re.IGNORECASE)
 _SHORTHANDS = ("host", "port", "path")
@@ -27,11 +36,21 @@ _SHORTHANDS = ("host", "port", "path")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NbdAddress:
-    """`path` of a unix socket, or `host` and `port`; and the export's name there."""
+    """`path` of a unix socket, or `cid` (vsock) and `port`, or a connected socket `fd`, or `host`
+    and `port`; and the export's name there.
+
+    `ipv4`, `ipv6`: the kinds of addresses that may be tried. `keep_alive`: end a TCP connection
+    whose peer's host is gone.
+    """
 
     path: str | None = None
+    cid: int | None = None
+    fd: int | None = None
     host: str = ""
     port: int = DEFAULT_PORT
+    ipv4: bool = True
+    ipv6: bool = True
+    keep_alive: bool = True
     export: str = ""
     tls: ClientTls | None = None
 
@@ -40,19 +59,28 @@ class NbdAddress:
         """The server alone, for messages about reaching it."""
         if self.path is not None:
             return self.path
+        if self.cid is not None:
+            return f"vsock {self.cid}:{self.port}"
+        if self.fd is not None:
+            return f"descriptor {self.fd}"
         return f"{_bracketed(self.host)}:{self.port}"
 
     @property
     def uri(self) -> str:
-        """The name that QEMU shows for it; it can be opened again."""
+        """The name that QEMU shows for it; it can be opened again, but for a descriptor's."""
         scheme = "nbd" if self.tls is None else "nbds"
         export = quote(self.export.encode(errors="surrogateescape"), safe="/:@!$&'()*+,;=")
+        slash = "/" if export else ""
         if self.path is not None:
             path = quote(self.path.encode(errors="surrogateescape"), safe="/:@!$'()*+,;=")
             query = f"?socket={path}{tls_query(self.tls, '&')}"
-            return f"{scheme}+unix://{'/' if export else ''}{export}{query}"
+            return f"{scheme}+unix://{slash}{export}{query}"
         query = tls_query(self.tls, "?")
-        return f"{scheme}://{self.server}{'/' if export else ''}{export}{query}"
+        if self.cid is not None:
+            return f"{scheme}+vsock://{self.cid}:{self.port}{slash}{export}{query}"
+        if self.fd is not None:
+            return f"{scheme}+fd://{self.fd}{slash}{export}{query}"
+        return f"{scheme}://{self.server}{slash}{export}{query}"
 
 
 def tls_query(tls: ClientTls | None, before: str) -> str:
@@ -75,8 +103,8 @@ def parse_uri(uri: str) -> dict[str, Any]:
     if found is None:
         raise ImageError(uri, "is no NBD URI")
     secure, transport = found[1].lower() == "nbds", (found[2] or "").lower()
-    if transport not in ("", "+tcp", "+unix"):
-        raise ImageError(uri, f"there is no NBD over '{transport[1:]}': it is tcp or unix")
+    if transport not in ("", "+tcp", "+unix", "+vsock"):
+        raise ImageError(uri, f"there is no NBD over '{transport[1:]}': it is tcp, unix or vsock")
     try:
         parts = urlsplit(uri)
         port = parts.port
@@ -103,9 +131,10 @@ def parse_uri(uri: str) -> dict[str, Any]:
             raise ImageError(uri, f"'{key}' means nothing in a URI of NBD over TCP")
         if not host:
             raise ImageError(uri, "names no host")
+        kind, host_key = ("vsock", "cid") if transport == "+vsock" else ("inet", "host")
         options["server"] = {
-            "type": "inet",
-            "host": host,
+            "type": kind,
+            host_key: host,
             "port": str(DEFAULT_PORT if port is None else port),
         }
     if export:
@@ -135,32 +164,57 @@ def take_address(name: str, options: dict[str, Any]) -> NbdAddress:
         server = {**old, "type": "unix" if "path" in old else "inet"}
     if not server:
         raise ImageError(name, "option 'server' is missing")
+    server = {f"server.{key}": value for key, value in server.items()}
     export = take_str(name, options, "export", "")
     _check_bytes(name, "export", export, STRING_LENGTH_MAX)
-    kind = take_str(name, server, "type")
-    if kind == "unix":
-        path = take_str(name, server, "path")
-        _check_bytes(name, "server.path", path, UNIX_PATH_BYTES_MAX)
-        address = NbdAddress(path=path, export=export)
-    elif kind == "inet":
-        host = take_str(name, server, "host")
-        port = _take_port(name, server)
-        if not host:
-            raise ImageError(name, "option 'server.host' is empty")
-        address = NbdAddress(host=host, port=port, export=export)
-    else:
-        raise ImageError(name, f"option 'server.type' is inet or unix, not '{kind}'")
-    refuse_unknown(name, {f"server.{key}": value for key, value in server.items()}, "nbd")
+    kind = take_str(name, server, "server.type")
+    if kind not in _TAKERS:
+        kinds = ", ".join(_TAKERS)
+        raise ImageError(name, f"option 'server.type' is one of {kinds}, not '{kind}'")
+    address = _TAKERS[kind](name, server, export)
+    refuse_unknown(name, server, "nbd")
     return address
 
 
-def _take_port(name: str, server: dict[str, Any]) -> int:
-    port = server.pop("port", DEFAULT_PORT)
-    if isinstance(port, str) and port.isascii() and port.isdigit():
-        port = int(port)
-    if isinstance(port, bool) or not isinstance(port, int) or not 0 < port <= 65535:
-        raise ImageError(name, f"option 'server.port' is a number from 1 to 65535, not {port!r}")
-    return port
+def _take_unix(name: str, server: dict[str, Any], export: str) -> NbdAddress:
+    path = take_str(name, server, "server.path")
+    _check_bytes(name, "server.path", path, UNIX_PATH_BYTES_MAX)
+    return NbdAddress(path=path, export=export)
+
+
+def _take_inet(name: str, server: dict[str, Any], export: str) -> NbdAddress:
+    host = take_str(name, server, "server.host")
+    if not host:
+        raise ImageError(name, "option 'server.host' is empty")
+    said4, said6 = "server.ipv4" in server, "server.ipv6" in server
+    ipv4 = take_bool(name, server, "server.ipv4", default=False)
+    ipv6 = take_bool(name, server, "server.ipv6", default=False)
+    # One that isn't spoken of is what the other leaves.
+    ipv4, ipv6 = (
+        ipv4 if said4 else not (said6 and ipv6),
+        ipv6 if said6 else not (said4 and ipv4),
+    )
+    if not ipv4 and not ipv6:
+        raise ImageError(name, "options 'server.ipv4' and 'server.ipv6' leave no address")
+    keep_alive = take_bool(name, server, "server.keep-alive", default=True)
+    port = take_number(name, server, "server.port", lowest=1, highest=65535, default=DEFAULT_PORT)
+    return NbdAddress(
+        host=host, port=port, ipv4=ipv4, ipv6=ipv6, keep_alive=keep_alive, export=export
+    )
+
+
+def _take_vsock(name: str, server: dict[str, Any], export: str) -> NbdAddress:
+    cid = take_number(name, server, "server.cid", lowest=0, highest=U32_MAX)
+    port = take_number(name, server, "server.port", lowest=1, highest=U32_MAX, default=DEFAULT_PORT)
+    return NbdAddress(cid=cid, port=port, export=export)
+
+
+def _take_fd(name: str, server: dict[str, Any], export: str) -> NbdAddress:
+    fd = take_number(name, server, "server.str", lowest=0, highest=U32_MAX >> 1)
+    return NbdAddress(fd=fd, export=export)
+
+
+_TAKERS = {"inet": _take_inet, "unix": _take_unix, "vsock": _take_vsock, "fd": _take_fd}
 
 
 def _check_bytes(name: str, key: str, value: str, bytes_max: int) -> None:

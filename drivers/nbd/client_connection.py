@@ -18,7 +18,14 @@ import os
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from blockemu.drivers.nbd.protocol import REQUEST, Command, request_word
+from blockemu.drivers.nbd.protocol import (
+    EXTENDED_REQUEST,
+    NBD_EXTENDED_REQUEST_MAGIC,
+    REQUEST,
+    Command,
+    CommandFlag,
+    request_word,
+)
 from blockemu.drivers.nbd.replies import InFlight, ProtocolViolation, ReplyParser
 from blockemu.loop.coroutine import Cancelled
 from blockemu.loop.stream_socket import has_buffered
@@ -41,13 +48,19 @@ FILLS_PER_ROUND: Final = 16
 """Reads of the socket in one round of the loop, after which others have their turn."""
 
 
-class ConnectionLost(OSError):
-    """The connection is gone. `final`: by a fault that a new one would show again."""
+_REQ_ONE: Final = int(CommandFlag.NBD_CMD_FLAG_REQ_ONE)
+_PAYLOAD_LEN: Final = int(CommandFlag.NBD_CMD_FLAG_PAYLOAD_LEN)
 
-    def __init__(self, reason: str, *, final: bool) -> None:
+
+class ConnectionLost(OSError):
+    """The connection is gone. `final`: by a fault that a new one would show again. `unsent`: the
+    request that this is the answer to had not been begun."""
+
+    def __init__(self, reason: str, *, final: bool, unsent: bool = False) -> None:
         super().__init__(errno.EIO, f"{os.strerror(errno.EIO)} ({reason})")
         self.reason = reason
         self.final = final
+        self.unsent = unsent
 
 
 class ClientConnection:
@@ -59,11 +72,14 @@ class ClientConnection:
         facts: ExportFacts,
         *,
         name: str,
-        on_lost: Callable[[ConnectionLost], None],
+        on_lost: Callable[[ClientConnection, ConnectionLost], None],
     ) -> None:
         """Takes `sock`, on which `facts` were agreed. `on_lost` is called once, unless `close` is
         called before. Call `attach` next."""
         self.facts = facts
+        self.load = 0
+        """Requests that wait here, sent or not."""
+        self._leaving = False
         self._sock = sock
         self._fd = sock.fileno()
         self._name = name
@@ -74,7 +90,8 @@ class ClientConnection:
         self._parser = ReplyParser(
             self._in_flight,
             structured=facts.structured,
-            allocation_context=facts.allocation_context,
+            extended=facts.extended,
+            context=facts.context,
         )
         self._next_cookie = 1
         self._room = Semaphore(REQUESTS_MAX)
@@ -85,15 +102,18 @@ class ClientConnection:
     # --- whose loop serves it ---
 
     def attach(self, ctx: AioContext) -> None:
-        """Serve it in `ctx` from now on. Nothing is in flight."""
+        """Serve it in `ctx` from now on. What was given up before may still have to be sent."""
         self._ctx = ctx
         self._watch()
+        self._send_deferred = False
+        if self._out:
+            self._send_later()
         self._read_buffered_later()
 
     def detach(self) -> None:
-        """Leave the context. Nothing is in flight."""
+        """Leave the context. Nobody waits for a request; some may be left that were given up."""
         assert self._ctx is not None
-        assert not self._in_flight
+        assert not self.load
         self._ctx.set_fd_handler(self._fd)
         self._ctx = None
 
@@ -120,18 +140,30 @@ class ClientConnection:
         the request to itself.
         Raises: OSError, the server's answer; ConnectionLost.
         """
-        async with self._room:
-            if self._lost is not None:
-                raise self._lost
-            request = self._begin(command, flags, offset, length, view)
+        self.load += 1
+        try:
+            room = self._room
+            if not room.try_acquire():
+                await room.acquire()
             try:
-                await request.done
-            except Cancelled:
-                self._give_up(request, view)
-                raise
-            if request.error is not None:
-                raise request.error
-            return request
+                lost = self._lost
+                if lost is not None:
+                    raise ConnectionLost(lost.reason, final=lost.final, unsent=True)
+                request = self._begin(command, flags, offset, length, view)
+                try:
+                    await request.done
+                except Cancelled:
+                    self._give_up(request, view)
+                    raise
+            finally:
+                room.release()
+        finally:
+            self.load -= 1
+            if self._leaving and not self.load:
+                self.close()
+        if request.error is not None:
+            raise request.error
+        return request
 
     def _begin(
         self, command: Command, flags: int, offset: int, length: int, view: memoryview | None
@@ -142,13 +174,35 @@ class ClientConnection:
         request = InFlight(
             cookie, command, offset=offset, length=length, view=view if is_read else None
         )
+        if flags & _REQ_ONE:
+            request.extents_max = 1
         self._in_flight[cookie] = request
-        head = REQUEST.pack(request_word(command, flags), cookie.to_bytes(8, "big"), offset, length)
-        self._out.append(memoryview(head))
-        if view is not None and not is_read:
+        has_payload = view is not None and not is_read
+        self._out.append(
+            memoryview(self._head(command, flags, cookie, offset, length, has_payload=has_payload))
+        )
+        if view is not None and has_payload:
             self._out.append(view)
         self._send_later()
         return request
+
+    def _head(
+        self,
+        command: Command,
+        flags: int,
+        cookie: int,
+        offset: int,
+        length: int,
+        *,
+        has_payload: bool,
+    ) -> bytes:
+        name = cookie.to_bytes(8, "big")
+        if not self.facts.extended:
+            return REQUEST.pack(request_word(command, flags), name, offset, length)
+        if has_payload:
+            flags |= _PAYLOAD_LEN
+        word = request_word(command, flags, NBD_EXTENDED_REQUEST_MAGIC)
+        return EXTENDED_REQUEST.pack(word, name, offset, length)
 
     def _give_up(self, request: InFlight, view: memoryview | None) -> None:
         """The caller leaves, and takes `view` along."""
@@ -169,6 +223,9 @@ class ClientConnection:
             self._ctx.defer(self._end_of_round)
 
     def _end_of_round(self) -> None:
+        ctx = self._ctx
+        if ctx is None or not ctx.is_home():
+            return  # it has left in this very round
         self._send_deferred = False
         if self._lost is None and not self._blocked:
             self._send()
@@ -237,16 +294,21 @@ class ClientConnection:
             request.error = lost
             if not request.done.done():
                 request.done.set_result(None)
-        self._on_lost(lost)
+        self._on_lost(self, lost)
+
+    def close_when_idle(self) -> None:
+        """`close`, as soon as what is under way here is over."""
+        self._leaving = True
+        if not self.load:
+            self.close()
 
     def close(self) -> None:
-        """Tell the server that we go, if it listens, and go. Nothing is in flight."""
+        """Tell the server that we go, if it listens, and go. Nobody waits for a request."""
         if self._lost is not None:
             return
         if not self._out:
-            word = request_word(Command.NBD_CMD_DISC)
             try:
-                self._sock.send(REQUEST.pack(word, bytes(8), 0, 0))
+                self._sock.send(self._head(Command.NBD_CMD_DISC, 0, 0, 0, 0, has_payload=False))
             except OSError:
                 pass  # it has gone first
         self._end(ConnectionLost(f"{self._name}: closed", final=True))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The client's side of fixed newstyle negotiation: from a connected socket to an export.
 
-Structured replies and the meta context `base:allocation` are asked for first, since both must be
-settled before the export is chosen. Then GO, with a wish to hear of block sizes; a server that
+Extended headers, or else structured replies, and a meta context are asked for first, since all must
+be settled before the export is chosen. Then GO, with a wish to hear of block sizes; a server that
 doesn't know GO gets EXPORT_NAME, which can't say why it refuses: it hangs up.
 
 What a server may send is bounded: the stream that is handed in has a bound on bytes, and each reply
@@ -71,16 +71,25 @@ _REFUSALS = {
 }
 
 
+_MAY_PASS = (Reply.NBD_REP_ERR_UNKNOWN, Reply.NBD_REP_ERR_POLICY, Reply.NBD_REP_ERR_SHUTDOWN)
+"""Refusals of a server that is being stopped, or was started and hasn't all its exports yet."""
+
+
 class RefusedError(NegotiationError):
-    """The server answered with an error of its own: trying again won't help."""
+    """The server answered with an error of its own. `may_pass`: it may be another answer soon;
+    otherwise trying again won't help."""
+
+    def __init__(self, reason: str, *, may_pass: bool = False) -> None:
+        super().__init__(reason)
+        self.may_pass = may_pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportFacts:
     """What was agreed on. Sizes in bytes; `block_min` is a power of two that divides `length`.
 
-    `allocation_context`: the number that stands for base:allocation in block status replies; None
-    when the server has none.
+    `context`: the number that stands for the meta context in block status replies; None when the
+    server has none. `extended`: headers have lengths of 64 bits.
     """
 
     length: int
@@ -89,41 +98,67 @@ class ExportFacts:
     block_preferred: int
     payload_max: int
     structured: bool
-    allocation_context: int | None
+    context: int | None
+    extended: bool = False
 
     @property
     def read_only(self) -> bool:
         """The server accepts no writes."""
         return bool(self.flags & TransmissionFlag.NBD_FLAG_READ_ONLY)
 
+    @property
+    def multi_conn(self) -> bool:
+        """A flush on one connection covers what was written through all."""
+        return bool(self.flags & TransmissionFlag.NBD_FLAG_CAN_MULTI_CONN)
 
-async def negotiate(stream: NegotiationStream, export: str) -> ExportFacts:
-    """Choose `export`. When this returns, the next byte either way is transmission's.
+
+async def negotiate(
+    stream: NegotiationStream, export: str, meta_context: str = BASE_ALLOCATION
+) -> ExportFacts:
+    """Choose `export`, and `meta_context` for its block status. When this returns, the next byte
+    either way is transmission's. A server must have the context, unless it is base:allocation.
 
     Suspends: for the server. Raises: NegotiationError; RefusedError, where the server said no.
     """
-    return await Negotiation(stream, export.encode(errors="surrogateescape")).run()
+    name = export.encode(errors="surrogateescape")
+    return await Negotiation(stream, name, meta_context).run()
 
 
 class Negotiation:
     """One negotiation; inspection.py derives from it to ask for more."""
 
-    def __init__(self, stream: NegotiationStream, export: bytes) -> None:
+    def __init__(
+        self, stream: NegotiationStream, export: bytes, meta_context: str = BASE_ALLOCATION
+    ) -> None:
         self._stream = stream
         self._export = export
+        self._meta_context = meta_context
+        self._extended = False
         self._no_zeroes = False
         self._structured = False
         self._context: int | None = None
 
     async def run(self) -> ExportFacts:
         if await self._greet():
-            self._structured = await self._ask_structured()
+            self._extended = await self._ask_plain(Option.NBD_OPT_EXTENDED_HEADERS)
+            self._structured = self._extended or await self._ask_plain(
+                Option.NBD_OPT_STRUCTURED_REPLY
+            )
             if self._structured:
                 self._context = await self._ask_context()
+            self._insist_on_context()
             facts = await self._go()
             if facts is not None:
                 return facts
+            if self._extended:
+                raise NegotiationError("server has extended headers, and doesn't know GO")
+        self._insist_on_context()
         return await self._choose_by_name()
+
+    def _insist_on_context(self) -> None:
+        """Without base:allocation all is data; another context was asked for by the user."""
+        if self._context is None and self._meta_context != BASE_ALLOCATION:
+            raise RefusedError(f"the server has no meta context '{self._meta_context}'")
 
     async def _greet(self) -> bool:
         """Exchange greetings; whether the server takes options other than EXPORT_NAME."""
@@ -178,19 +213,22 @@ class Negotiation:
             raise NegotiationError(f"server's reply to {option.name} has {length} bytes")
         return kind, await self._stream.receive(length)
 
-    async def _ask_structured(self) -> bool:
-        await self._send(Option.NBD_OPT_STRUCTURED_REPLY)
-        kind, data = await self._reply(Option.NBD_OPT_STRUCTURED_REPLY)
+    async def _ask_plain(self, option: Option) -> bool:
+        """An option without data, which the server grants or not."""
+        await self._send(option)
+        kind, data = await self._reply(option)
         if kind == Reply.NBD_REP_ACK and not data:
             return True
         if kind & _ERROR_BIT:
             _refuse_if_final(kind, data)
             return False
-        raise NegotiationError(f"server answers STRUCTURED_REPLY with reply type {kind:#x}")
+        name = option.name.removeprefix("NBD_OPT_")
+        raise NegotiationError(f"server answers {name} with reply type {kind:#x}")
 
     async def _ask_context(self) -> int | None:
-        """The number of base:allocation, or None."""
-        option, query = Option.NBD_OPT_SET_META_CONTEXT, BASE_ALLOCATION.encode()
+        """The number of the meta context, or None."""
+        option = Option.NBD_OPT_SET_META_CONTEXT
+        query = self._meta_context.encode(errors="surrogateescape")
         data = struct.pack(">I", len(self._export)) + self._export
         await self._send(option, data + struct.pack(">II", 1, len(query)) + query)
         found: int | None = None
@@ -225,7 +263,7 @@ class Negotiation:
             if kind == Reply.NBD_REP_ERR_UNSUP:
                 return None
             if kind & _ERROR_BIT:
-                raise RefusedError(refusal(kind, data))
+                raise _refused(kind, data)
             if kind != Reply.NBD_REP_INFO or len(data) < 2:
                 raise NegotiationError(f"server answers GO with reply type {kind:#x}")
             info = int.from_bytes(data[:2], "big")
@@ -262,7 +300,8 @@ class Negotiation:
             block_preferred=preferred,
             payload_max=max(min(maximum, PAYLOAD_BYTES_MAX) & ~(minimum - 1), minimum),
             structured=self._structured,
-            allocation_context=self._context,
+            context=self._context,
+            extended=self._extended,
         )
 
 
@@ -300,7 +339,11 @@ def _fields(layout: struct.Struct, data: bytes) -> tuple[int, ...]:
 def _refuse_if_final(kind: int, data: bytes) -> None:
     """Raises: RefusedError, where asking for anything else is in vain."""
     if kind in (Reply.NBD_REP_ERR_TLS_REQD, Reply.NBD_REP_ERR_SHUTDOWN):
-        raise RefusedError(refusal(kind, data))
+        raise _refused(kind, data)
+
+
+def _refused(kind: int, data: bytes) -> RefusedError:
+    return RefusedError(refusal(kind, data), may_pass=kind in _MAY_PASS)
 
 
 def refusal(kind: int, data: bytes) -> str:

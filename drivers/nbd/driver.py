@@ -4,37 +4,55 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Final, Self
 
 from blockemu.drivers.driver import BlockDriver, BlockStatus, RequestFlags
 from blockemu.drivers.errors import ImageError, io_error
-from blockemu.drivers.nbd.address import take_address
-from blockemu.drivers.nbd.client_connection import ClientConnection
+from blockemu.drivers.nbd.address import U32_MAX, take_address
+from blockemu.drivers.nbd.client_handshake import BASE_ALLOCATION
 from blockemu.drivers.nbd.client_tls import with_tls
+from blockemu.drivers.nbd.connector import Connector
 from blockemu.drivers.nbd.link import NbdLink
 from blockemu.drivers.nbd.protocol import (
-    AllocationState,
+    STRING_LENGTH_MAX,
     Command,
     CommandFlag,
     TransmissionFlag,
 )
-from blockemu.drivers.nbd.replies import InFlight
+from blockemu.drivers.nbd.remote_status import EXTENDED_BYTES_MAX, RemoteStatus
 from blockemu.drivers.node import BlockDriverState
+from blockemu.drivers.options import take_number, take_str
 from blockemu.drivers.registry import Opener
+from blockemu.drivers.status_runs import ALLOCATED, DATA, ZERO, StatusRuns
+from blockemu.drivers.zeroes import fill_zeroes
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.sync import gather
 
-TIMEOUT_SECONDS_MAX: Final = 2**32 - 1
+SECOND_NS: Final = 1_000_000_000
+
+CONNECTIONS_MAX: Final = 16
+"""Of one node. More gain nothing even with servers that give each a thread."""
+
 TRIM_BYTES_MAX: Final = 1 << 30
-STATUS_BYTES_MAX: Final = 0xFFFFFFFF
+"""Of one TRIM where headers have 32 bits."""
+
+FEW_RUNS: Final = 4
+"""Who wants no more of a block status than this gets one run, which costs the server least."""
+
+PIECES_AT_ONCE: Final = 8
+"""Of one request that is more than the server takes at once."""
 
 
 class NbdDriver(BlockDriver):
-    """Options: `server` with `type` inet (`host`, `port`) or unix (`path`); `export` (the name,
-    default ""); `open-timeout`: seconds for which opening goes on trying to connect (default 0:
-    once); `reconnect-delay`: seconds for which requests wait for a new connection when one was lost
-    (default 0: they fail); `tls-creds`, `tls-hostname`, and more of client_tls.py. `host`, `port`
-    and `path` without `server` are QEMU's old spelling."""
+    """Options: `server` with `type` inet (`host`, `port`, `ipv4`, `ipv6`, `keep-alive`), unix
+    (`path`), vsock (`cid`, `port`) or fd (`str`: the number of a connected socket); `export` (the
+    name, default ""); `open-timeout`: seconds for which opening goes on trying to connect (default
+    0: once); `reconnect-delay`: seconds for which requests wait for a new connection when the last
+    one was lost (default 0: they fail); `multi-conn`: connections to a server that allows several
+    (default 1); `x-dirty-bitmap`: a meta context of dirty bits, whose 1 is shown as not allocated
+    and 0 as data; `tls-creds`, `tls-hostname`, and more of client_tls.py. `host`, `port` and
+    `path` without `server` are QEMU's old spelling."""
 
     name = "nbd"
     is_protocol = True
@@ -43,21 +61,30 @@ class NbdDriver(BlockDriver):
     def __init__(self, node: BlockDriverState, link: NbdLink) -> None:
         super().__init__(node)
         self._link = link
+        self._status = RemoteStatus(link)
 
     @classmethod
     async def open(cls, node: BlockDriverState, options: dict[str, Any], opener: Opener) -> Self:
         address = take_address(node.node_name, options)
         address = await with_tls(address.uri, address, options, opener)
-        node.filename = address.uri
-        open_timeout_s = _take_seconds(address.uri, options, "open-timeout")
-        reconnect_delay_s = _take_seconds(address.uri, options, "reconnect-delay")
+        name = node.filename = address.uri
+        open_timeout_s = _take_seconds(name, options, "open-timeout")
+        reconnect_delay_s = _take_seconds(name, options, "reconnect-delay")
+        connections_max = take_number(
+            name, options, "multi-conn", lowest=1, highest=CONNECTIONS_MAX, default=1
+        )
+        context = take_str(name, options, "x-dirty-bitmap", BASE_ALLOCATION)
+        if not 0 < len(context.encode(errors="surrogateescape")) <= STRING_LENGTH_MAX:
+            raise ImageError(name, f"option 'x-dirty-bitmap' has 1 to {STRING_LENGTH_MAX} bytes")
         link = NbdLink(
-            address,
+            name,
+            Connector(address, meta_context=context),
             node.ctx,
-            reconnect_delay_ns=reconnect_delay_s * 1_000_000_000,
+            reconnect_delay_ns=reconnect_delay_s * SECOND_NS,
+            connections_max=connections_max,
             writable=not node.read_only,
         )
-        await link.open(timeout_ns=open_timeout_s * 1_000_000_000)
+        await link.open(timeout_ns=open_timeout_s * SECOND_NS)
         return cls(node, link)
 
     @property
@@ -76,39 +103,41 @@ class NbdDriver(BlockDriver):
     def _can(self, flag: TransmissionFlag) -> bool:
         return bool(self._link.facts.flags & flag)
 
+    # --- requests ---
+
     async def preadv(self, offset: int, view: memoryview) -> None:
-        inside = max(min(len(view), self.length_bytes - offset), 0)
+        facts = self._link.facts
+        inside = min(len(view), facts.length - offset)
         if inside < len(view):
-            view[inside:] = bytes(len(view) - inside)
-        pieces = list(self._pieces(offset, inside, self._link.facts.payload_max))
-        if len(pieces) == 1:
-            await self._request(Command.NBD_CMD_READ, 0, offset, inside, view[:inside])
+            fill_zeroes(view[max(inside, 0) :])
+            if inside <= 0:
+                return
+            view = view[:inside]
+        if inside <= facts.payload_max:
+            await self._link.request(Command.NBD_CMD_READ, 0, offset, inside, view)
             return
-        await gather(
-            *(
-                self._request(
-                    Command.NBD_CMD_READ, 0, start, length, view[start - offset :][:length]
-                )
-                for start, length in pieces
-            )
-        )
+
+        async def read(start: int, length: int) -> None:
+            part = view[start - offset :][:length]
+            await self._link.request(Command.NBD_CMD_READ, 0, start, length, part)
+
+        await self._in_pieces(offset, inside, facts.payload_max, read)
 
     async def pwritev(self, offset: int, view: memoryview, flags: RequestFlags) -> None:
         self._check_end(offset, len(view))
-        fua = self._fua(flags)
-        pieces = list(self._pieces(offset, len(view), self._link.facts.payload_max))
-        if len(pieces) == 1:
-            await self._request(Command.NBD_CMD_WRITE, fua, offset, len(view), view)
+        fua = self._fua(flags) if flags else 0
+        payload_max = self._link.facts.payload_max
+        if len(view) <= payload_max:
+            await self._link.request(Command.NBD_CMD_WRITE, fua, offset, len(view), view)
         else:
-            await gather(
-                *(
-                    self._request(
-                        Command.NBD_CMD_WRITE, fua, start, length, view[start - offset :][:length]
-                    )
-                    for start, length in pieces
-                )
-            )
-        await self._flush_instead_of_fua(flags)
+
+            async def write(start: int, length: int) -> None:
+                part = view[start - offset :][:length]
+                await self._link.request(Command.NBD_CMD_WRITE, fua, start, length, part)
+
+            await self._in_pieces(offset, len(view), payload_max, write)
+        if flags:
+            await self._flush_instead_of_fua(flags)
 
     async def pwrite_zeroes(self, offset: int, length: int, flags: RequestFlags) -> None:
         self._check_end(offset, length)
@@ -121,79 +150,81 @@ class NbdDriver(BlockDriver):
             if not self._can(TransmissionFlag.NBD_FLAG_SEND_FAST_ZERO):
                 raise io_error(errno.ENOTSUP, f"{self._link.name} can't say if zeroes are fast")
             command_flags |= CommandFlag.NBD_CMD_FLAG_FAST_ZERO
-        await gather(
-            *(
-                self._request(Command.NBD_CMD_WRITE_ZEROES, command_flags, start, size)
-                for start, size in self._pieces(offset, length, self._link.facts.payload_max)
-            )
-        )
+
+        async def write_zeroes(start: int, size: int) -> None:
+            await self._link.request(Command.NBD_CMD_WRITE_ZEROES, command_flags, start, size)
+
+        facts = self._link.facts
+        bytes_max = EXTENDED_BYTES_MAX if facts.extended else facts.payload_max
+        await self._in_pieces(offset, length, bytes_max, write_zeroes)
         await self._flush_instead_of_fua(flags)
 
     async def pdiscard(self, offset: int, length: int) -> None:
         length = min(length, self.length_bytes - offset)
         if length <= 0 or not self._can(TransmissionFlag.NBD_FLAG_SEND_TRIM):
             return
-        for start, size in self._pieces(offset, length, TRIM_BYTES_MAX):
-            await self._request(Command.NBD_CMD_TRIM, 0, start, size)
+
+        async def trim(start: int, size: int) -> None:
+            await self._link.request(Command.NBD_CMD_TRIM, 0, start, size)
+
+        bytes_max = EXTENDED_BYTES_MAX if self._link.facts.extended else TRIM_BYTES_MAX
+        await self._in_pieces(offset, length, bytes_max, trim)
 
     async def flush(self) -> None:
         if self._can(TransmissionFlag.NBD_FLAG_SEND_FLUSH):
-            await self._request(Command.NBD_CMD_FLUSH, 0, 0, 0)
+            await self._link.request(Command.NBD_CMD_FLUSH, 0, 0, 0)
 
     async def block_status(self, offset: int, length: int) -> BlockStatus:
-        if offset >= self.length_bytes:
-            return BlockStatus(length, data=False, zero=True)
-        length = min(length, self.length_bytes - offset)
-        mask = self.request_alignment - 1
-        start = offset & ~mask
-        end = min((offset + length + mask) & ~mask, start + (STATUS_BYTES_MAX & ~mask))
-        found = await self._link.run(lambda connection: _extent_at(connection, start, end - start))
-        if found is None:
-            return self._status(offset, length, AllocationState(0))
-        extent_bytes, state = found
-        count = min(start + (extent_bytes & ~mask), offset + length) - offset
-        if count <= 0:  # the server thinks in smaller steps than it lets us: part of it is data
-            return self._status(offset, min(length, mask + 1), AllocationState(0))
-        return self._status(offset, count, AllocationState(state))
-
-    def _status(self, offset: int, length: int, state: AllocationState) -> BlockStatus:
-        data = not state & AllocationState.NBD_STATE_HOLE
-        zero = bool(state & AllocationState.NBD_STATE_ZERO)
+        runs = await self._status.ask(offset, length, only_one=True)
+        state = runs.states[0]
         return BlockStatus(
-            length,
-            data=data,
-            zero=zero,
-            allocated=data or zero,
-            host_offset=offset,
+            runs.lengths[0],
+            data=bool(state & DATA),
+            zero=bool(state & ZERO),
+            allocated=bool(state & ALLOCATED),
+            host_offset=offset if state & ALLOCATED and offset < self.length_bytes else None,
             file=self.node.filename,
         )
 
+    async def status_runs(self, offset: int, length: int, *, runs_max: int) -> StatusRuns:
+        return await self._status.ask(offset, length, only_one=runs_max <= FEW_RUNS)
+
     async def truncate(self, length: int, *, preallocation: str = "off") -> None:
-        """An export has its size from its server; it can only be used in part."""
+        """An export has its size from its server, where it may have grown since we asked; it can
+        also be used in part."""
+        if length > self.length_bytes and preallocation == "off":
+            await self._link.look_again()
         if length > self.length_bytes or preallocation != "off":
             raise io_error(errno.ENOTSUP, f"{self._link.name} has {self.length_bytes} bytes")
 
-    # --- requests ---
+    # --- what they share ---
 
-    async def _request(
+    async def _in_pieces(
         self,
-        command: Command,
-        flags: int,
         offset: int,
         length: int,
-        view: memoryview | None = None,
-    ) -> InFlight:
-        answer: InFlight = await self._link.run(
-            lambda connection: connection.request(
-                command, flags, offset=offset, length=length, view=view
-            )
-        )
-        return answer
+        bytes_max: int,
+        make: Callable[[int, int], Coroutine[Any, Any, None]],
+    ) -> None:
+        """`make(offset, length)` for each piece; after one fails, no more are begun."""
+        if length <= bytes_max:
+            await make(offset, length)
+            return
+        pieces = split(offset, length, bytes_max, preferred=self._link.facts.block_preferred)
+        failed = False
 
-    def _pieces(self, offset: int, length: int, bytes_max: int) -> list[tuple[int, int]]:
-        """(offset, length) of the requests that make up one."""
-        end = offset + length
-        return [(start, min(bytes_max, end - start)) for start in range(offset, end, bytes_max)]
+        async def work() -> None:
+            nonlocal failed
+            for start, size in pieces:
+                if failed:
+                    return
+                try:
+                    await make(start, size)
+                except OSError:
+                    failed = True
+                    raise
+
+        await gather(*(work() for _ in range(PIECES_AT_ONCE)))
 
     def _check_end(self, offset: int, length: int) -> None:
         if offset + length > self.length_bytes:
@@ -209,8 +240,8 @@ class NbdDriver(BlockDriver):
 
     # --- its life ---
 
-    def cancel_in_flight(self) -> None:
-        self._link.give_up("interrupted")
+    def cancel_in_flight(self, reason: str) -> None:
+        self._link.give_up(reason)
 
     async def close(self) -> None:
         await self._link.close()
@@ -222,28 +253,17 @@ class NbdDriver(BlockDriver):
         self._link.detach()
 
 
-async def _extent_at(
-    connection: ClientConnection, offset: int, length: int
-) -> tuple[int, int] | None:
-    """Length and state of what is alike from `offset` on; None, when the server doesn't tell."""
-    if connection.facts.allocation_context is None:
-        return None
-    answer = await connection.request(
-        Command.NBD_CMD_BLOCK_STATUS,
-        CommandFlag.NBD_CMD_FLAG_REQ_ONE,
-        offset=offset,
-        length=length,
-    )
-    first, state = answer.extents[0]
-    return first, state
+def split(offset: int, length: int, bytes_max: int, *, preferred: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of the pieces of a request: at most `bytes_max` each, cut where a block of
+    the `preferred` size ends, if there is room for one."""
+    end = offset + length
+    while offset < end:
+        cut = min(offset + bytes_max, end)
+        if cut < end and cut & ~(preferred - 1) > offset:
+            cut &= ~(preferred - 1)
+        yield offset, cut - offset
+        offset = cut
 
 
 def _take_seconds(name: str, options: dict[str, Any], key: str) -> int:
-    value = options.pop(key, 0)
-    if isinstance(value, str) and value.isascii() and value.isdigit():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ImageError(name, f"option '{key}' takes a number of seconds, not {value!r}")
-    if not 0 <= value <= TIMEOUT_SECONDS_MAX:
-        raise ImageError(name, f"option '{key}' takes 0 to {TIMEOUT_SECONDS_MAX}, not {value}")
-    return value
+    return take_number(name, options, key, lowest=0, highest=U32_MAX, default=0)

@@ -27,6 +27,7 @@ from blockemu.drivers.nbd.client_handshake import (
     RefusedError,
     refusal,
 )
+from blockemu.drivers.nbd.connector import open_socket
 from blockemu.drivers.nbd.negotiation_stream import NegotiationError, NegotiationStream
 from blockemu.drivers.nbd.protocol import (
     EXPORT_NAME_REPLY,
@@ -43,7 +44,7 @@ from blockemu.drivers.nbd.protocol import (
 )
 from blockemu.drivers.nbd.status_reader import Extent, read_statuses
 from blockemu.loop.coroutine import Cancelled, settled
-from blockemu.loop.stream_socket import PlainSocket, connect_tcp, connect_unix
+from blockemu.loop.stream_socket import PlainSocket
 
 if TYPE_CHECKING:
     from blockemu.drivers.nbd.address import NbdAddress
@@ -114,7 +115,7 @@ class Inspection(Negotiation):
     async def begin(self) -> None:
         """Greet, and agree on structured replies where the server has them."""
         if await self._greet():
-            self._structured = await self._ask_structured()
+            self._structured = await self._ask_plain(Option.NBD_OPT_STRUCTURED_REPLY)
             self.server = replace(
                 self.server, protocol="newstyle-fixed", structured=self._structured
             )
@@ -303,10 +304,7 @@ class _Watch:
 
     async def connect(self, address: NbdAddress) -> PlainSocket:
         """Suspends: until the connection is there. Raises: NegotiationError."""
-        if address.path is not None:
-            task = self._ctx.spawn(connect_unix(address.path))
-        else:
-            task = self._ctx.spawn(connect_tcp(address.host, address.port))
+        task = self._ctx.spawn(open_socket(address))
         self.waiting = task
         self.renew()
         try:

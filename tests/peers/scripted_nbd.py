@@ -56,14 +56,26 @@ class Client:
         self.send(OPTION_REPLY.pack(NBD_REP_MAGIC, option, kind, len(data)) + data)
 
     def negotiate(
-        self, *, size: int = SIZE, flags: int = 0x65, structured: bool = False, infos: bytes = b""
+        self,
+        *,
+        size: int = SIZE,
+        flags: int = 0x65,
+        structured: bool = False,
+        extended: bool = False,
+        infos: bytes = b"",
+        refusal: int | None = None,
     ) -> None:
-        """The whole negotiation, as a good server does it. `infos`: one more NBD_REP_INFO."""
+        """The whole negotiation, as a good server does it. `infos`: one more NBD_REP_INFO.
+        `refusal`: the error with which the export isn't given."""
         self.greet()
         while True:
             option, _ = self.option()
-            if option == Option.NBD_OPT_STRUCTURED_REPLY and structured:
+            if (option == Option.NBD_OPT_STRUCTURED_REPLY and structured) or (
+                option == Option.NBD_OPT_EXTENDED_HEADERS and extended
+            ):
                 self.reply(option, Reply.NBD_REP_ACK)
+            elif option == Option.NBD_OPT_GO and refusal is not None:
+                self.reply(option, refusal)
             elif option == Option.NBD_OPT_SET_META_CONTEXT:
                 self.reply(
                     option, Reply.NBD_REP_META_CONTEXT, struct.pack(">I", 1) + b"base:allocation"
@@ -88,7 +100,7 @@ class Client:
 
 
 class ScriptedNbd:
-    """Calls `serve` with each client, one after the other, until the block ends."""
+    """Calls `serve` with each client, in a thread of its own, until the block ends."""
 
     def __init__(self, where: Path | socket.socket, serve: Serve) -> None:
         """`where`: the path of a new unix socket, or a socket that listens."""
@@ -100,7 +112,7 @@ class ScriptedNbd:
             self._listener.listen(16)
         else:
             self._listener = where
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._threads = [threading.Thread(target=self._run, daemon=True)]
 
     def _run(self) -> None:
         while True:
@@ -109,17 +121,23 @@ class ScriptedNbd:
             except OSError:
                 return
             self.clients += 1
-            with sock:
-                try:
-                    self._serve(Client(sock))
-                except (EOFError, OSError):
-                    pass  # the client has gone
+            thread = threading.Thread(target=self._serve_one, args=(sock,), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve_one(self, sock: socket.socket) -> None:
+        with sock:
+            try:
+                self._serve(Client(sock))
+            except (EOFError, OSError):
+                pass  # the client has gone
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._threads[0].start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        self._thread.join(10)
+        for thread in self._threads:
+            thread.join(10)

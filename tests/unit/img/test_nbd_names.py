@@ -268,7 +268,7 @@ LIARS = {
     zero_blocks: "server's minimum block size is 0",
     ragged_export: "has 1000 bytes, in blocks of 512",
     wants_tls: "the server wants TLS: it takes tls-creds=, or a nbds:// URI ('get a certificate')",
-    endless_replies: "server answers STRUCTURED_REPLY with reply type 0x3",
+    endless_replies: "server answers EXTENDED_HEADERS with reply type 0x3",
     oldstyle: "speaks the old style of NBD",
 }
 

@@ -56,7 +56,7 @@ def test_uri_is_an_address_and_shown_so_that_it_opens_again(
     [
         ("nbd://h/x?tls-hostname=y", "goes with nbds:// only"),
         ("nbds+unix:///x?tls-hostname=y", "is no URI of a unix socket"),
-        ("nbd+vsock://1/x", "no NBD over 'vsock'"),
+        ("nbd+sctp://1/x", "no NBD over 'sctp'"),
         ("nbd:///x", "names no host"),
         ("nbd://h:99999/x", "is no URI"),
         ("nbd://h:x/x", "is no URI"),
@@ -90,17 +90,43 @@ def test_options_are_an_address(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("server", "address"),
+    [
+        ({"type": "vsock", "cid": "3", "port": 7}, NbdAddress(cid=3, port=7)),
+        ({"type": "fd", "str": "5"}, NbdAddress(fd=5)),
+        ({"type": "inet", "host": "h", "ipv6": "off"}, NbdAddress(host="h", ipv6=False)),
+        ({"type": "inet", "host": "h", "ipv6": True}, NbdAddress(host="h", ipv4=False)),
+        ({"type": "inet", "host": "h", "ipv4": "on"}, NbdAddress(host="h", ipv6=False)),
+        ({"type": "inet", "host": "h", "ipv4": "on", "ipv6": "on"}, NbdAddress(host="h")),
+        (
+            {"type": "inet", "host": "h", "keep-alive": "off"},
+            NbdAddress(host="h", keep_alive=False),
+        ),
+    ],
+)
+def test_other_kinds_of_servers_are_addresses(server: dict[str, Any], address: NbdAddress) -> None:
+    assert take_address("n", {"server": server}) == address
+
+
+@pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({}, "option 'server' is missing"),
-        ({"server": {"host": "h"}}, "option 'type' is missing"),
-        ({"server": {"type": "vsock"}}, "inet or unix, not 'vsock'"),
-        ({"server": {"type": "inet"}}, "option 'host' is missing"),
+        ({"server": {"host": "h"}}, "option 'server.type' is missing"),
+        ({"server": {"type": "ftp"}}, "one of inet, unix, vsock, fd, not 'ftp'"),
+        ({"server": {"type": "vsock"}}, "option 'server.cid' is missing"),
+        ({"server": {"type": "vsock", "cid": -1}}, "from 0 to 4294967295, not -1"),
+        ({"server": {"type": "fd", "str": "x"}}, "option 'server.str' is a number from 0"),
+        (
+            {"server": {"type": "inet", "host": "h", "ipv4": "off", "ipv6": "off"}},
+            "leave no address",
+        ),
+        ({"server": {"type": "inet"}}, "option 'server.host' is missing"),
         ({"server": {"type": "inet", "host": ""}}, "is empty"),
         ({"server": {"type": "inet", "host": "h", "port": 0}}, "from 1 to 65535, not 0"),
         ({"server": {"type": "inet", "host": "h", "port": "x"}}, "from 1 to 65535, not 'x'"),
         ({"server": {"type": "inet", "host": "h", "port": True}}, "from 1 to 65535, not True"),
-        ({"server": {"type": "unix"}}, "option 'path' is missing"),
+        ({"server": {"type": "unix"}}, "option 'server.path' is missing"),
         ({"server": {"type": "unix", "path": "x" * 108}}, "has 108 bytes, and at most 107"),
         ({"server": {"type": "unix", "path": "a\0b"}}, "has a NUL in it"),
         ({"server": {"type": "unix", "path": "x", "tls": 1}}, "has no option 'server.tls'"),

@@ -17,6 +17,7 @@ import pytest
 from blockemu.drivers.backend import BlockBackend
 from blockemu.drivers.driver import RequestFlags
 from blockemu.drivers.errors import ImageError
+from blockemu.drivers.nbd.protocol import Reply
 from blockemu.drivers.node import BlockDriverState
 from blockemu.drivers.registry import Opener
 from blockemu.loop.aio_context import AioContext
@@ -52,11 +53,11 @@ def read(ctx: AioContext, node: BlockDriverState, offset: int, length: int) -> b
     return bytes(view)
 
 
-def good(log: list[tuple[int, int, int, int]], *, flags: int = READ_WRITE) -> Any:
+def good(log: list[tuple[int, int, int, int]], *, flags: int = READ_WRITE, size: int = SIZE) -> Any:
     """A server of zeroes with simple replies that writes down (command, flags, offset, length)."""
 
     def serve(client: Client) -> None:
-        client.negotiate(flags=flags)
+        client.negotiate(flags=flags, size=size)
         while True:
             bits, command, cookie, offset, length = client.request()
             log.append((command, bits, offset, length))
@@ -265,11 +266,29 @@ def test_requests_in_flight_are_made_again(ctx: AioContext, opener: Opener, tmp_
     assert log == [(0, 0, 512, 4096), (3, 0, 0, 0), (2, 0, 0, 0)]
 
 
+def block_sizes(minimum: int, maximum: int) -> bytes:
+    return struct.pack(">HIII", 3, minimum, 4096, maximum)
+
+
+CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "smaller": ({}, {"size": SIZE // 2}, f"has {SIZE // 2} bytes now, and had {SIZE}"),
+    "read-only": ({}, {"flags": 0x67}, "lets nobody write to this export"),
+    "blocks": ({}, {"infos": block_sizes(4096, 1 << 25)}, "block sizes are others than before"),
+    "payload": ({}, {"infos": block_sizes(512, 1 << 16)}, "block sizes are others than before"),
+    "no-flush": ({}, {"flags": 0x61}, "has no flush any more"),
+    "no-status": ({"structured": True}, {}, "doesn't tell block status any more"),
+    "tls": ({}, {"refusal": Reply.NBD_REP_ERR_TLS_REQD}, "wants TLS"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_an_export_that_has_changed_is_given_up(
-    ctx: AioContext, opener: Opener, tmp_path: Path
+    ctx: AioContext, opener: Opener, tmp_path: Path, change: str
 ) -> None:
+    before, after, reason = CHANGES[change]
+
     def serve(client: Client) -> None:
-        client.negotiate(size=SIZE * server.clients)
+        client.negotiate(**(before if server.clients == 1 else after))
         client.request()
 
     options = {"reconnect-delay": 3600}
@@ -278,8 +297,106 @@ def test_an_export_that_has_changed_is_given_up(
         opened(ctx, opener, tmp_path / "s", **options) as node,
     ):
         for _ in range(2):
-            with pytest.raises(OSError, match=f"has {2 * SIZE} bytes now, and had {SIZE}"):
+            with pytest.raises(OSError, match=reason):
                 read(ctx, node, 0, 512)
+        assert server.clients == 2
+
+
+@pytest.mark.parametrize(
+    ("refusal", "reason"),
+    [
+        (
+            Reply.NBD_REP_ERR_UNKNOWN,
+            "hung up, and no new connection: the server has no such export",
+        ),
+        (Reply.NBD_REP_ERR_SHUTDOWN, "and no new connection: the server is shutting down"),
+    ],
+)
+def test_an_export_that_is_gone_may_come_back(
+    ctx: AioContext, opener: Opener, tmp_path: Path, refusal: Reply, reason: str
+) -> None:
+    """Requests wait for it as long as for a server that is gone; it is asked again and again."""
+
+    def serve(client: Client) -> None:
+        if server.clients == 1:
+            client.negotiate()
+            client.request()
+        elif server.clients < 5:
+            client.negotiate(refusal=refusal)
+        else:
+            good([])(client)
+
+    with (
+        ScriptedNbd(tmp_path / "s", serve) as server,
+        opened(ctx, opener, tmp_path / "s", **{"reconnect-delay": 1}) as node,
+    ):
+        link = node.driver._link  # type: ignore[attr-defined]
+        link._reconnect_delay_ns = 150_000_000  # the first attempt comes after 100 ms
+        with pytest.raises(OSError, match=reason):
+            read(ctx, node, 0, 512)
+        while not link.connections:
+            ctx.poll(blocking=True)
+        assert read(ctx, node, 0, 512) == bytes(512)
+        assert server.clients == 5
+
+
+def test_opening_waits_for_an_export_too(ctx: AioContext, opener: Opener, tmp_path: Path) -> None:
+    def serve(client: Client) -> None:
+        if server.clients < 3:
+            client.negotiate(refusal=Reply.NBD_REP_ERR_UNKNOWN)
+        else:
+            good([])(client)
+
+    with ScriptedNbd(tmp_path / "s", serve) as server:
+        with opened(ctx, opener, tmp_path / "s", **{"open-timeout": 30}) as node:
+            assert read(ctx, node, 0, 512) == bytes(512)
+        assert server.clients == 3
+
+
+def test_an_export_that_has_grown_is_taken_as_it_is(
+    ctx: AioContext, opener: Opener, tmp_path: Path
+) -> None:
+    log: list[tuple[int, int, int, int]] = []
+
+    def serve(client: Client) -> None:
+        if server.clients == 1:
+            client.negotiate()
+            client.request()
+        else:
+            good(log, size=2 * SIZE)(client)
+
+    with (
+        ScriptedNbd(tmp_path / "s", serve) as server,
+        opened(ctx, opener, tmp_path / "s", **{"reconnect-delay": 3600}) as node,
+    ):
+        assert node.length_bytes == SIZE
+        assert read(ctx, node, 0, 512) == bytes(512)
+        assert node.length_bytes == 2 * SIZE
+        assert read(ctx, node, 2 * SIZE - 512, 512) == bytes(512)
+    assert log == [(0, 0, 0, 512), (0, 0, 2 * SIZE - 512, 512), (2, 0, 0, 0)]
+
+
+def test_truncating_to_more_asks_the_server_anew(
+    ctx: AioContext, opener: Opener, tmp_path: Path
+) -> None:
+    """What was resized above us is taken; the old connection is left."""
+    log: list[tuple[int, int, int, int]] = []
+
+    def serve(client: Client) -> None:
+        good(log, size=SIZE if server.clients < 3 else 2 * SIZE)(client)
+
+    with (
+        ScriptedNbd(tmp_path / "s", serve) as server,
+        opened(ctx, opener, tmp_path / "s") as node,
+    ):
+        with pytest.raises(OSError, match=f"has {SIZE} bytes"):
+            ctx.run(node.truncate(2 * SIZE))
+        assert node.length_bytes == SIZE
+        ctx.run(node.truncate(2 * SIZE))
+        assert node.length_bytes == 2 * SIZE
+        ctx.run(node.pwritev(2 * SIZE - 512, memoryview(bytes(512))))
+    assert log.count((2, 0, 0, 0)) == server.clients == 3
+    assert (1, 0, 2 * SIZE - 512, 512) in log
 
 
 def test_a_server_that_breaks_the_rules_gets_no_second_chance(
@@ -326,7 +443,7 @@ def test_a_node_that_is_given_up_takes_no_new_connection(
 
     def serve(client: Client) -> None:
         if server.clients == 2:
-            ctx.schedule_oneshot(node.driver.cancel_in_flight)
+            ctx.schedule_oneshot(lambda: node.driver.cancel_in_flight("interrupted"))
         client.negotiate()
         client.request()
 
@@ -455,3 +572,24 @@ def test_a_closed_port_is_one_line(ctx: AioContext, opener: Opener) -> None:
         with pytest.raises(ImageError) as caught:
             ctx.run(opener.open_image(uri, fmt=None, read_only=True, direct=False, aio="native"))
     assert str(caught.value) == f"{uri}: connecting to 127.0.0.1:{port} failed: Connection refused"
+
+
+def test_a_socket_that_was_handed_over_is_spoken_on_once(
+    ctx: AioContext, opener: Opener, tmp_path: Path
+) -> None:
+    """`server.type=fd`; lost, there is no other."""
+
+    def serve(client: Client) -> None:
+        client.negotiate()
+        _, _, cookie, _, length = client.request()
+        client.send(struct.pack(">II", 0x67446698, 0) + cookie + bytes(length))
+
+    with ScriptedNbd(tmp_path / "s", serve), socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(tmp_path / "s"))
+        server = {"type": "fd", "str": str(sock.fileno())}
+        options = {"driver": "nbd", "server": server, "reconnect-delay": 3600}
+        node = ctx.run(opener.open(options))
+        assert read(ctx, node, 0, 512) == bytes(512)
+        with pytest.raises(OSError, match="used up, and there is no other"):
+            read(ctx, node, 0, 512)
+        ctx.run(node.close())

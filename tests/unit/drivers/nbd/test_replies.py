@@ -14,13 +14,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockemu.drivers.nbd.protocol import (
+    EXTENDED_REPLY,
+    NBD_EXTENDED_REPLY_MAGIC,
     NBD_SIMPLE_REPLY_MAGIC,
     NBD_STRUCTURED_REPLY_MAGIC,
     STRUCTURED_REPLY,
     ChunkType,
     Command,
 )
-from blockemu.drivers.nbd.replies import CHUNKS_MAX, InFlight, ProtocolViolation, ReplyParser
+from blockemu.drivers.nbd.replies import (
+    CHUNKS_MAX,
+    EXTENTS_MAX,
+    STATUS_BYTES_MAX,
+    InFlight,
+    ProtocolViolation,
+    ReplyParser,
+)
 
 CONTEXT = 7
 READ, WRITE, STATUS = Command.NBD_CMD_READ, Command.NBD_CMD_WRITE, Command.NBD_CMD_BLOCK_STATUS
@@ -30,6 +39,7 @@ NONE = ChunkType.NBD_REPLY_TYPE_NONE
 ERROR = ChunkType.NBD_REPLY_TYPE_ERROR
 ERROR_OFFSET = ChunkType.NBD_REPLY_TYPE_ERROR_OFFSET
 EXTENTS = ChunkType.NBD_REPLY_TYPE_BLOCK_STATUS
+EXTENTS_EXT = ChunkType.NBD_REPLY_TYPE_BLOCK_STATUS_EXT
 
 
 class Pieces:
@@ -56,10 +66,14 @@ class Pieces:
 class Server:
     """One side's requests in flight, and what is sent in answer."""
 
-    def __init__(self, *, structured: bool = True) -> None:
+    def __init__(self, *, structured: bool = True, extended: bool = False) -> None:
         self.requests: dict[int, InFlight] = {}
+        self.extended = extended
         self.parser = ReplyParser(
-            self.requests, structured=structured, allocation_context=CONTEXT if structured else None
+            self.requests,
+            structured=structured,
+            context=CONTEXT if structured else None,
+            extended=extended,
         )
         self.sent = b""
 
@@ -75,9 +89,15 @@ class Server:
         return self
 
     def chunk(self, request: InFlight, kind: int, payload: bytes = b"", *, done: bool) -> Server:
-        self.sent += STRUCTURED_REPLY.pack(
-            NBD_STRUCTURED_REPLY_MAGIC, int(done), kind, request.cookie, len(payload)
-        )
+        if self.extended:
+            self.sent += EXTENDED_REPLY.pack(
+                NBD_EXTENDED_REPLY_MAGIC, int(done), kind, request.cookie, request.offset,
+                len(payload),
+            )  # fmt: skip
+        else:
+            self.sent += STRUCTURED_REPLY.pack(
+                NBD_STRUCTURED_REPLY_MAGIC, int(done), kind, request.cookie, len(payload)
+            )
         self.sent += payload
         return self
 
@@ -100,7 +120,7 @@ def content(request: InFlight) -> bytes:
 def test_replies_in_any_order_and_pieces_are_put_together(data: st.DataObject) -> None:
     """Reads in chunks that are shuffled among each other, cut anywhere: all bytes arrive."""
     rng = random.Random(data.draw(st.integers(0, 2**32)))
-    server = Server()
+    server = Server(extended=rng.random() < 0.5)
     expected, chunks = [], []
     for _ in range(rng.randrange(1, 5)):
         length = rng.choice((1, 7, 512, 5000, 70_000))
@@ -178,6 +198,32 @@ def test_block_status_is_read() -> None:
     assert status.extents == [(512, 3), (8, 0)]
 
 
+@pytest.mark.parametrize("is_extended", [False, True])
+def test_a_long_block_status_is_read_as_far_as_it_is_wanted(is_extended: bool) -> None:
+    """Of a hundred thousand extents, those that there is room for; what follows is still found."""
+    server = Server(extended=is_extended)
+    many, one, other = (server.asked(STATUS, 0, 1 << 30) for _ in range(3))
+    one.extents_max = 1
+    head = struct.pack(">I", CONTEXT) + (struct.pack(">I", 100_000) if is_extended else b"")
+    extents = struct.pack(">QQQQ" if is_extended else ">IIII", 512, 3, 1024, 0) * 50_000
+    kind = EXTENTS_EXT if is_extended else EXTENTS
+    for request in (many, one, other):
+        server.chunk(request, kind, head + extents, done=request is not many)
+    server.chunk(many, NONE, done=True)
+    server.parse(lambda: 50_001)
+    assert many.extents == [(512, 3), (1024, 0)] * (EXTENTS_MAX // 2)
+    assert one.extents == [(512, 3)]
+    assert not server.requests
+
+
+def test_block_status_of_64_bits_is_read() -> None:
+    server = Server(extended=True)
+    status = server.asked(STATUS, 0, 1 << 40)
+    payload = struct.pack(">IIQQQQ", CONTEXT, 2, 5 << 33, 3, 8, 0)
+    server.chunk(status, EXTENTS_EXT, payload, done=True).parse()
+    assert status.extents == [(5 << 33, 3), (8, 0)]
+
+
 @pytest.mark.parametrize("arrived", [0, 27, 28, 40, 1027])
 def test_data_that_nobody_wants_any_more_is_dropped(arrived: int) -> None:
     """The view belongs to somebody else from `give_up` on, and what follows is still found."""
@@ -201,6 +247,32 @@ def test_data_that_nobody_wants_any_more_is_dropped(arrived: int) -> None:
 def chunk_of(command: Command, kind: int, payload: bytes, *, done: bool = True) -> Server:
     server = Server()
     return server.chunk(server.asked(command, 1024, 512), kind, payload, done=done)
+
+
+def extended(command: Command, kind: int, payload: bytes) -> Server:
+    server = Server(extended=True)
+    return server.chunk(server.asked(command, 1024, 512), kind, payload, done=True)
+
+
+def extended_length(length: int) -> Server:
+    server = extended(READ, DATA, b"")
+    server.sent = server.sent[:-8] + struct.pack(">Q", length + 8)
+    return server
+
+
+def extended_elsewhere() -> Server:
+    server = extended(WRITE, NONE, b"")
+    server.requests[1].offset += 1
+    return server
+
+
+def not_extended(*, simple: bool) -> Server:
+    server = Server(extended=True)
+    request = server.asked(WRITE, 0, 1)
+    if simple:
+        return server.simple(request)
+    server.extended = False
+    return server.chunk(request, NONE, done=True)
 
 
 def twice() -> Server:
@@ -270,6 +342,25 @@ LIES: dict[str, tuple[str, Callable[[], Server]]] = {
     "status-none": ("of 4 bytes", lambda: chunk_of(STATUS, EXTENTS, struct.pack(">I", 7))),
     "status-ragged": ("of 13 bytes", lambda: chunk_of(STATUS, EXTENTS, bytes(13))),
     "status-missing": ("without a status", lambda: chunk_of(STATUS, NONE, b"")),
+    "ext-simple": ("bad magic number", lambda: not_extended(simple=True)),
+    "ext-structured": ("bad magic number", lambda: not_extended(simple=False)),
+    "ext-offset": ("with offset 1024 for a WRITE", extended_elsewhere),
+    "ext-status-old": ("type 5", lambda: extended(STATUS, EXTENTS, bytes(12))),
+    "status-ext": ("type 6", lambda: chunk_of(STATUS, EXTENTS_EXT, bytes(24))),
+    "ext-status-count": (
+        "1 extents",
+        lambda: extended(STATUS, EXTENTS_EXT, struct.pack(">IIQQ", CONTEXT, 2, 512, 0)),
+    ),
+    "ext-status-none": ("of 8 bytes", lambda: extended(STATUS, EXTENTS_EXT, bytes(8))),
+    "ext-status-empty": (
+        "of no bytes",
+        lambda: extended(STATUS, EXTENTS_EXT, struct.pack(">IIQQ", CONTEXT, 1, 0, 0)),
+    ),
+    "ext-status-bits": (
+        "a state of more than 32 bits",
+        lambda: extended(STATUS, EXTENTS_EXT, struct.pack(">IIQQ", CONTEXT, 1, 512, 1 << 32)),
+    ),
+    "ext-huge": ("9223372036854775816 bytes", lambda: extended_length(1 << 63)),
     "error-short": ("an error in 5 bytes", lambda: chunk_of(READ, ERROR, bytes(5))),
     "error-zero": ("error 0", lambda: chunk_of(READ, ERROR, bytes(6))),
     "error-long": (
@@ -278,6 +369,11 @@ LIES: dict[str, tuple[str, Callable[[], Server]]] = {
     ),
     "type": ("type 77", lambda: chunk_of(READ, 77, b"")),
     "type-huge": ("65537 bytes", lambda: chunk_of(READ, ERROR, bytes(65537))),
+    "status-huge": (
+        "type 5 with 16777233 bytes",
+        lambda: chunk_of(STATUS, EXTENTS, bytes(STATUS_BYTES_MAX + 1)),
+    ),
+    "status-long": ("block status for a READ", lambda: chunk_of(READ, EXTENTS, bytes(70_000))),
     "many-chunks": ("more than 65536 chunks", many_chunks),
 }
 
@@ -293,18 +389,19 @@ def test_a_lie_is_a_violation_that_says_which(lie: str) -> None:
 def test_any_bytes_are_replies_or_a_violation(data: st.DataObject) -> None:
     """Mutated streams: nothing but ProtocolViolation is raised, and views keep their length."""
     rng = random.Random(data.draw(st.integers(0, 2**32)))
-    server = Server(structured=rng.random() < 0.8)
+    server = Server(structured=rng.random() < 0.8, extended=rng.random() < 0.3)
     requests = [
         server.asked(command, 4096 * index, 512)
         for index, command in enumerate(rng.choices((READ, WRITE, STATUS), k=4))
     ]
     for request in requests:
-        kind = rng.choice((DATA, HOLE, NONE, ERROR, EXTENTS, rng.randrange(1 << 16)))
+        kind = rng.choice((DATA, HOLE, NONE, ERROR, EXTENTS, EXTENTS_EXT, rng.randrange(1 << 16)))
         payload = rng.choice(
             (
                 data_at(request.offset, bytes(rng.choice((1, 512)))),
                 struct.pack(">QI", request.offset, 512),
                 struct.pack(">III", CONTEXT, 512, 0),
+                struct.pack(">IIQQ", CONTEXT, 1, 512, 0),
                 rng.randbytes(rng.randrange(30)),
             )
         )
