@@ -13,21 +13,15 @@ It is Python's (transmission.py) on a `TlsStream`, which looks like a socket. Wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from blockemu.nbd.connection import State
 from blockemu.nbd.transmission import Connection
 
 if TYPE_CHECKING:
-    import socket
-
-    from blockemu.limits import Limits
     from blockemu.loop.bottom_half import BH
     from blockemu.loop.stream_socket import StreamSocket
     from blockemu.loop.tls_stream import TlsStream
-    from blockemu.nbd.memory_budget import MemoryBudget
-    from blockemu.nbd.session import Session
 
 
 class TlsConnection(Connection):
@@ -35,28 +29,16 @@ class TlsConnection(Connection):
 
     __slots__ = ("_buffered_bh", "_tls")
 
+    # What `start` makes.
     _buffered_bh: BH
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        session: Session,
-        *,
-        limits: Limits,
-        on_closed: Callable[[], None],
-        peer: str = "",
-        memory: MemoryBudget | None = None,
-    ) -> None:
-        super().__init__(
-            sock, session, limits=limits, on_closed=on_closed, peer=peer, memory=memory
-        )
-        assert session.tls is not None
-        self._tls: TlsStream = session.tls
+    _tls: TlsStream
 
     def _stream(self) -> StreamSocket:
         return self._tls
 
     def _begin_to_serve(self) -> None:
+        assert self.session.tls is not None
+        self._tls = self.session.tls
         self._buffered_bh = self.ctx.new_bh(self._on_buffered, name="nbd-tls-buffered")
         super()._begin_to_serve()
         # Requests may have come in one piece with the last option.

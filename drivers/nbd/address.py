@@ -70,17 +70,17 @@ class NbdAddress:
         """The name that QEMU shows for it; it can be opened again, but for a descriptor's."""
         scheme = "nbd" if self.tls is None else "nbds"
         export = quote(self.export.encode(errors="surrogateescape"), safe="/:@!$&'()*+,;=")
+        slash = "/" if export else ""
         if self.path is not None:
             path = quote(self.path.encode(errors="surrogateescape"), safe="/:@!$'()*+,;=")
             query = f"?socket={path}{tls_query(self.tls, '&')}"
-            return f"{scheme}+unix://{'/' if export else ''}{export}{query}"
+            return f"{scheme}+unix://{slash}{export}{query}"
         query = tls_query(self.tls, "?")
-        where = self.server
         if self.cid is not None:
-            scheme, where = f"{scheme}+vsock", f"{self.cid}:{self.port}"
-        elif self.fd is not None:
-            scheme, where = f"{scheme}+fd", str(self.fd)
-        return f"{scheme}://{where}{'/' if export else ''}{export}{query}"
+            return f"{scheme}+vsock://{self.cid}:{self.port}{slash}{export}{query}"
+        if self.fd is not None:
+            return f"{scheme}+fd://{self.fd}{slash}{export}{query}"
+        return f"{scheme}://{self.server}{slash}{export}{query}"
 
 
 def tls_query(tls: ClientTls | None, before: str) -> str:

@@ -51,8 +51,8 @@ class NbdDriver(BlockDriver):
     0: once); `reconnect-delay`: seconds for which requests wait for a new connection when the last
     one was lost (default 0: they fail); `multi-conn`: connections to a server that allows several
     (default 1); `x-dirty-bitmap`: a meta context of dirty bits, whose 1 is shown as not allocated
-    and 0 as data; `tls-creds`, `tls-hostname`, and more of client_tls.py. `host`, `port` and `path`
-    without `server` are QEMU's old spelling."""
+    and 0 as data; `tls-creds`, `tls-hostname`, and more of client_tls.py. `host`, `port` and
+    `path` without `server` are QEMU's old spelling."""
 
     name = "nbd"
     is_protocol = True

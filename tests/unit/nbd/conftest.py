@@ -51,18 +51,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "kind" in metafunc.fixturenames:
-        only = metafunc.definition.get_closest_marker("kind_only")
-        kinds = only.args[:1] if only is not None else KINDS
-        if "style" not in metafunc.fixturenames:
-            metafunc.parametrize("kind", kinds)
-            return
-        only = metafunc.definition.get_closest_marker("style_only")
-        styles = only.args if only is not None else STYLE_NAMES
+    only_kind = metafunc.definition.get_closest_marker("kind_only")
+    kinds = only_kind.args[:1] if only_kind is not None else KINDS
+    only_style = metafunc.definition.get_closest_marker("style_only")
+    styles = only_style.args if only_style is not None else STYLE_NAMES
+    has_kind, has_style = ("kind" in metafunc.fixturenames, "style" in metafunc.fixturenames)
+    if has_kind and has_style:
         pairs = [(kind, style) for kind in kinds for style in styles]
         if metafunc.module.__name__.endswith(TLS_TOO) and kinds == KINDS:
             pairs.append(("tls", styles[-1]))  # which style hardly matters there
         metafunc.parametrize(("kind", "style"), pairs)
+    elif has_kind:
+        metafunc.parametrize("kind", kinds)
+    elif has_style:
+        metafunc.parametrize("style", styles)
 
 
 @pytest.fixture(scope="module")
