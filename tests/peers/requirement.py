@@ -25,6 +25,7 @@ PROGRAMS = {
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",
     "qemu-storage-daemon": "qemu-system-common",
+    "qemu-system-x86_64": "qemu-system-x86",
     "socat": "socat",
 }
 # The peer's Python module, and its Debian package, which `tools/bootstrap` links into the venv.
