@@ -13,12 +13,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.nbd.protocol import TransmissionFlag
+from blockemu.loop.sync import Mutex
 from blockemu.nbd.statistics import ExportStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from blockemu.drivers.backend import BlockBackend
+    from blockemu.drivers.dirty_bitmap import DirtyBitmap
     from blockemu.nbd.connection import BaseConnection
 
 
@@ -26,7 +28,9 @@ class Export:
     """One backend under one name."""
 
     __slots__ = (
+        "allocation_depth",
         "backend",
+        "bitmaps",
         "connections",
         "description",
         "multi_conn",
@@ -34,6 +38,7 @@ class Export:
         "quiet",
         "read_only",
         "statistics",
+        "status_turn",
     )
 
     def __init__(
@@ -53,6 +58,13 @@ class Export:
         self.read_only = read_only or not backend.writable
         self.description = description
         self.multi_conn = multi_conn
+        self.bitmaps: tuple[DirtyBitmap, ...] = ()
+        """Dirty bitmaps that clients may ask about. Set by nbd/export_contexts.py, before clients
+        come, as is `allocation_depth`."""
+        self.allocation_depth = False
+        """Clients may ask in which layer of the chain bytes are."""
+        self.status_turn = Mutex()
+        """Held by the one BLOCK_STATUS request that is looking at the graph."""
         self.connections: set[BaseConnection] = set()
         self.quiet = False
         self.statistics = ExportStatistics()
@@ -63,10 +75,12 @@ class Export:
         """What a client of this export may ask of it. Context: main."""
         flag = TransmissionFlag
         flags = flag.NBD_FLAG_HAS_FLAGS | flag.NBD_FLAG_SEND_FLUSH | flag.NBD_FLAG_SEND_FUA
+        flags |= flag.NBD_FLAG_SEND_CACHE
         if self.read_only:
             flags |= flag.NBD_FLAG_READ_ONLY
         else:
             flags |= flag.NBD_FLAG_SEND_TRIM | flag.NBD_FLAG_SEND_WRITE_ZEROES
+            flags |= flag.NBD_FLAG_SEND_FAST_ZERO
         if self.multi_conn:
             flags |= flag.NBD_FLAG_CAN_MULTI_CONN
         return flags

@@ -41,6 +41,19 @@ class Limits:
     name_length_max: int = 4096
     """Bytes of an export's name or description: the longest string that the protocol allows."""
 
+    meta_queries_max: int = 128
+    """Queries of one LIST_META_CONTEXT or SET_META_CONTEXT, and so the contexts that a client may
+    choose, each of which is a chunk of every answer. Clients know a handful of names."""
+
+    status_reply_bytes_max: int = 1 * MIB
+    """Extents in the answer to one BLOCK_STATUS, of all contexts together: 131072 extents, as
+    QEMU's bound; twice what 4 GiB in clusters of 64 KiB can have. The protocol allows eight times
+    as much, which would keep a client waiting for the first of them."""
+
+    status_turns_max: int = 256
+    """Turns, each of less than about a millisecond, that one BLOCK_STATUS may take: a million
+    clusters looked at. Then the answer ends, and the client asks for the rest."""
+
     request_length_max: int = 32 * MIB
     """Data of one READ or WRITE. The protocol asks servers to take at least this much."""
 
@@ -82,6 +95,11 @@ class Limits:
     accepts_per_round_max: int = 16
     """Connections accepted in one round of the main loop, so that a flood of them leaves it time
     for everything else."""
+
+    def payload_dropped_max(self, *, extended: bool) -> int:
+        """The longest payload that is dropped with an error. With extended headers the document
+        wants those beyond the largest that was announced to end the connection."""
+        return self.request_length_max if extended else self.discard_length_max
 
     def __post_init__(self) -> None:
         assert self.in_flight_bytes_max >= self.request_length_max > 0

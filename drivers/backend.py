@@ -16,6 +16,7 @@ from blockemu.drivers.child import BdrvChild, Permission, Role
 from blockemu.drivers.drain import DrainedSection
 from blockemu.drivers.driver import BlockStatus, RequestFlags
 from blockemu.drivers.errors import io_error
+from blockemu.drivers.status_runs import StatusRuns, chain_runs
 from blockemu.loop.coroutine import run_in_context
 from blockemu.loop.sync import WaitQueue
 
@@ -126,6 +127,11 @@ class BlockBackend:
         """What the bytes from `offset` are, in the root node's own layer."""
         await self._enter(offset, length)
         return await self.node.block_status(offset, length)
+
+    async def status_runs(self, offset: int, length: int, *, runs_max: int) -> StatusRuns:
+        """What the bytes from `offset` are in the whole chain, in bulk: status_runs.py."""
+        await self._enter(offset, length)
+        return await chain_runs(self.node, offset, length, runs_max=runs_max)
 
     async def _enter(self, offset: int, length: int, *, write: bool = False) -> None:
         """The door: wait while quiesced, then check against the size and the right to write."""

@@ -75,16 +75,18 @@ async def find(node: BlockDriverState, name: str, *, usable: bool = True) -> Dir
     if bitmap is None:
         raise ImageError(node_label(node), f"Dirty bitmap '{name}' not found")
     if bitmap.busy:
-        raise ImageError(
-            node_label(node),
-            f"Bitmap '{name}' is currently in use by another operation and cannot be used",
-        )
+        raise ImageError(node_label(node), in_use(name))
     if usable and bitmap.inconsistent:
         raise ImageError(
             node_label(node),
             f"Bitmap '{name}' is inconsistent and cannot be used: it can only be removed",
         )
     return bitmap
+
+
+def in_use(name: str) -> str:
+    """Why a busy bitmap isn't to be had."""
+    return f"Bitmap '{name}' is currently in use by another operation and cannot be used"
 
 
 async def remove(node: BlockDriverState, name: str) -> None:

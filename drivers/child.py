@@ -17,6 +17,7 @@ from blockemu.drivers.driver import BlockStatus, RequestFlags
 
 if TYPE_CHECKING:
     from blockemu.drivers.node import BlockDriverState
+    from blockemu.drivers.status_runs import StatusRuns
 
 
 class Permission(enum.IntFlag):
@@ -100,6 +101,11 @@ class BdrvChild:
 
     def block_status(self, offset: int, length: int) -> Coroutine[Any, Any, BlockStatus]:
         return self.node.block_status(offset, length)
+
+    def status_runs(
+        self, offset: int, length: int, *, runs_max: int
+    ) -> Coroutine[Any, Any, StatusRuns]:
+        return self.node.status_runs(offset, length, runs_max=runs_max)
 
     def truncate(self, length: int, *, preallocation: str = "off") -> Coroutine[Any, Any, None]:
         assert self.perm & Permission.RESIZE, self.describe()

@@ -20,6 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from blockemu.drivers.sparse_bits import SparseBits
+from blockemu.drivers.status_runs import StatusRuns
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,3 +151,22 @@ class DirtyBitmap:
         for start, end in self.bits.runs():
             offset = start << self._shift
             yield offset, min(end << self._shift, self.length_bytes) - offset
+
+    def runs(self, offset: int, length: int, *, runs_max: int) -> StatusRuns:
+        """What the disk is from `offset` on, in up to `runs_max` runs: state 1 dirty, 0 clean.
+
+        At least one byte of `length`. Bytes that the bitmap doesn't reach are clean.
+        """
+        found, bits, shift = StatusRuns(), self.bits, self._shift
+        position, end = offset, offset + length
+        while position < end and len(found) < runs_max:
+            bit = position >> shift
+            dirty = bits.next_set(bit) if bit < bits.length else bits.length
+            if dirty > bit:
+                state, stop = 0, dirty << shift if dirty < bits.length else end
+            else:
+                state, stop = 1, bits.next_clear(bit) << shift
+            stop = min(stop, end)
+            found.add(stop - position, state)
+            position = stop
+        return found

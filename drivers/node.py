@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from blockemu.drivers.child import BdrvChild, Permission, Role
@@ -25,8 +26,11 @@ from blockemu.drivers.zeroes import is_zero
 from blockemu.loop.sync import WaitQueue
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from blockemu.drivers.direct_map import DirectMap
     from blockemu.drivers.dirty_bitmap import DirtyBitmap
+    from blockemu.drivers.status_runs import StatusRuns
     from blockemu.loop.aio_context import AioContext
 
 OFFSET_MAX = 2**63 - 1
@@ -237,6 +241,22 @@ class BlockDriverState:
         self.in_flight += 1
         try:
             return await self.driver.block_status(offset, length)
+        finally:
+            self._leave()
+
+    async def status_runs(self, offset: int, length: int, *, runs_max: int) -> StatusRuns:
+        """As `block_status`, in bulk: status_runs.py, which also follows the backing chain."""
+        self._check_range(offset, length)
+        assert length > 0
+        with self.busy():
+            return await self.driver.status_runs(offset, length, runs_max=runs_max)
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Something is in flight inside: a drained section waits for its end."""
+        self.in_flight += 1
+        try:
+            yield
         finally:
             self._leave()
 

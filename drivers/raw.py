@@ -14,6 +14,7 @@ from blockemu.drivers.map_slot import MapSlot
 from blockemu.drivers.node import BlockDriverState
 from blockemu.drivers.options import take_size
 from blockemu.drivers.registry import Opener
+from blockemu.drivers.status_runs import StatusRuns
 
 
 class RawDriver(BlockDriver):
@@ -69,6 +70,9 @@ class RawDriver(BlockDriver):
 
     async def block_status(self, offset: int, length: int) -> BlockStatus:
         return await self._file.block_status(self._offset + offset, length)
+
+    async def status_runs(self, offset: int, length: int, *, runs_max: int) -> StatusRuns:
+        return await self._file.status_runs(self._offset + offset, length, runs_max=runs_max)
 
     async def truncate(self, length: int, *, preallocation: str = "off") -> None:
         if self._size is not None:

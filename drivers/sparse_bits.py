@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 CHUNK_BYTES: Final = 4096
 CHUNK_SHIFT: Final = 15
@@ -167,12 +167,12 @@ class SparseBits:
         if end > begun:
             yield begun, end
 
-    def _later(self, index: int) -> list[int]:
+    def _later(self, index: int) -> Iterable[int]:
         """The chunks behind `index` that hold anything, ascending."""
         if len(self._chunks) < 64:
             return sorted(later for later in self._chunks if later > index)
         last = (self.length - 1) >> CHUNK_SHIFT
-        return [later for later in range(index + 1, last + 1) if later in self._chunks]
+        return (later for later in range(index + 1, last + 1) if later in self._chunks)
 
     # --- as bytes ---
 

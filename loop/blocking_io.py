@@ -147,6 +147,17 @@ def allocate_range(fd: int, offset: int, length: int) -> None:
         os.posix_fallocate(fd, offset, length)
 
 
+def extents_at(fd: int, offset: int, end: int, size: int, count_max: int) -> list[tuple[bool, int]]:
+    """`extent_at` again and again, from `offset` until `end` or the file's end at `size`."""
+    found: list[tuple[bool, int]] = []
+    end = min(end, size)
+    while offset < end and len(found) < count_max:
+        is_data, length = extent_at(fd, offset, size)
+        found.append((is_data, length))
+        offset += length
+    return found
+
+
 def extent_at(fd: int, offset: int, size: int) -> tuple[bool, int]:
     """(is data, bytes until that changes), by SEEK_DATA and SEEK_HOLE; data where they fail."""
     if offset >= size:

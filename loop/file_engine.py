@@ -188,6 +188,18 @@ class HostFile(ABC):
     async def extent_at(self, offset: int) -> tuple[bool, int]:
         """(is data, bytes until that changes or the file ends). (False, 0) at the end."""
 
+    async def extents(self, offset: int, end: int, *, count_max: int) -> list[tuple[bool, int]]:
+        """What `extent_at` says, one after the other, from `offset` until `end`, the file's end, or
+        `count_max` answers; the last one may reach past `end`."""
+        found: list[tuple[bool, int]] = []
+        while offset < end and len(found) < count_max:
+            is_data, length = await self.extent_at(offset)
+            if not length:
+                break
+            found.append((is_data, length))
+            offset += length
+        return found
+
     @abstractmethod
     async def write_tail(self, offset: int, view: memoryview) -> None:
         """Writes bytes of any offset, length and memory: for an end of file that isn't aligned."""

@@ -19,6 +19,7 @@ from blockemu.loop.blocking_io import (
     discard_device_range,
     discard_file_range,
     extent_at,
+    extents_at,
     read_fully,
     write_fully,
     zero_device_range,
@@ -78,6 +79,10 @@ class PosixFile(HostFile):
 
     async def extent_at(self, offset: int) -> tuple[bool, int]:
         return await self._call(0, extent_at, self._fd, offset, self.size_bytes())
+
+    async def extents(self, offset: int, end: int, *, count_max: int) -> list[tuple[bool, int]]:
+        size = self.size_bytes()
+        return await self._call(0, extents_at, self._fd, offset, end, size, count_max)
 
     async def write_tail(self, offset: int, view: memoryview) -> None:
         self._flushes.sticky = True  # now the page cache has a part in this file

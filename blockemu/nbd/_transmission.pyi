@@ -20,6 +20,7 @@ class _Fault:
     offset: int
     address: int
     length: int
+    cookie: int
     command: int
     flags: int
     retry: int
@@ -36,10 +37,13 @@ class _Library:
     NBD_SEND_FAILED: int
     NBD_ANSWERED: int
     NBD_RELEASED: int
+    NBD_STYLE_SIMPLE: int
+    NBD_STYLE_STRUCTURED: int
+    NBD_STYLE_EXTENDED: int
     NBD_LATENCY_BUCKETS: int
     @staticmethod
     def nbd_open(
-        poll: Any, fd: int, token: int, limits: Any, statistics: NativeStatistics, /
+        poll: Any, fd: int, token: int, limits: Any, statistics: NativeStatistics, style: int, /
     ) -> Any: ...
     @staticmethod
     def nbd_set_map(connection: Any, map: Any, writable: int, /) -> None: ...
@@ -50,7 +54,9 @@ class _Library:
     @staticmethod
     def nbd_describe(request: Any, fault: _Fault, /) -> None: ...
     @staticmethod
-    def nbd_finish(request: Any, error: int, /) -> None: ...
+    def nbd_finish(request: Any, /) -> None: ...
+    @staticmethod
+    def nbd_answer(request: Any, parts: Any, count: int, /) -> int: ...
     @staticmethod
     def nbd_stop(connection: Any, /) -> None: ...
     @staticmethod
@@ -64,6 +70,7 @@ class _ForeignInterface:
     NULL: Any
     def new(self, declaration: str, init: Any = ..., /) -> Any: ...
     def buffer(self, cdata: Any, size: int = ..., /) -> Any: ...
+    def from_buffer(self, data: Any, /) -> Any: ...
     def cast(self, declaration: Any, value: Any, /) -> Any: ...
     def typeof(self, declaration: str, /) -> Any: ...
 

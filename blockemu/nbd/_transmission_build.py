@@ -32,6 +32,7 @@ _PARTS = (
     _LOOP / "poll.c",
     _DRIVERS / "direct_map.c",
     _NBD / "connection.h",
+    _NBD / "headers.c",
     _NBD / "requests.c",
     _NBD / "plain_io.c",
     _NBD / "replies.c",

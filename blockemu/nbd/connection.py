@@ -23,16 +23,15 @@ from collections.abc import Callable
 from socket import SHUT_WR
 from typing import TYPE_CHECKING
 
-from blockemu.drivers.nbd.protocol import NbdError
 from blockemu.loop.socket_options import may_lose_data
 
 if TYPE_CHECKING:
     import socket
 
-    from blockemu.drivers.nbd.protocol import NbdError
     from blockemu.limits import Limits
     from blockemu.loop.buffers import BufferPool
     from blockemu.loop.timer import Timer
+    from blockemu.nbd.reply_style import Failure
     from blockemu.nbd.request import Request
     from blockemu.nbd.session import Session
 
@@ -74,6 +73,7 @@ class BaseConnection(ABC):
         "limits",
         "pool",
         "session",
+        "style",
     )
 
     # What `start` makes, because it belongs to the home thread.
@@ -98,6 +98,7 @@ class BaseConnection(ABC):
         """
         self.session = session
         self.export = export = session.export
+        self.style = session.style
         self.ctx = export.backend.ctx
         self.limits = limits
         self.count = export.statistics.count
@@ -115,6 +116,11 @@ class BaseConnection(ABC):
 
     def __repr__(self) -> str:
         return f"nbd client {self._peer or self._fd} of '{self.export.name}'"
+
+    @property
+    def wants_answers(self) -> bool:
+        """Somebody may still take a reply."""
+        return self._state is State.OPEN or self._state is State.FINISHING
 
     def start(self) -> None:
         """Serve from now on."""
@@ -217,12 +223,12 @@ class BaseConnection(ABC):
         """It has ended: go on."""
 
     @abstractmethod
-    def finish_request(self, request: Request, error: NbdError) -> None:
-        """The request is over: queue its reply, and let go of what it held."""
+    def finish_request(self, request: Request, failure: Failure | None) -> None:
+        """The request is over: queue its reply, and let go of what it held. None: it went well."""
 
     def finish_plain(self, request: Request) -> None:
         """The same for a READ or WRITE by the direct map that went well."""
-        self.finish_request(request, NbdError.NBD_SUCCESS)
+        self.finish_request(request, None)
 
     @abstractmethod
     def _begin_to_serve(self) -> None:

@@ -16,7 +16,7 @@ Context: the main loop's. Nothing here waits for anything but the client.
 from __future__ import annotations
 
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,11 +40,14 @@ from blockemu.drivers.nbd.protocol import (
     Reply,
 )
 from blockemu.loop.sync import yield_now
-from blockemu.nbd.session import Session
+from blockemu.nbd import meta_context
+from blockemu.nbd.reply_style import EXTENDED, SIMPLE, STRUCTURED, ReplyStyle
+from blockemu.nbd.session import Session, transmission_flags
 
 if TYPE_CHECKING:
     from blockemu.exports import Export, ExportTable
     from blockemu.limits import Limits
+    from blockemu.nbd.meta_context import MetaContext
 
 BLOCK_SIZE_MIN = 1
 """The node aligns requests itself, so clients may address any byte."""
@@ -105,6 +108,8 @@ class Negotiation:
         self._limits = limits
         self._no_zeroes = False
         self._fixed = False
+        self._style: ReplyStyle = SIMPLE
+        self._contexts = meta_context.Choice()
         self._session: Session | None = None
         self._handlers: dict[int, Callable[[int, bytes], Awaitable[bool]]] = {
             Option.NBD_OPT_EXPORT_NAME: self._export_name,
@@ -112,6 +117,10 @@ class Negotiation:
             Option.NBD_OPT_LIST: self._list,
             Option.NBD_OPT_INFO: self._info,
             Option.NBD_OPT_GO: self._go,
+            Option.NBD_OPT_STRUCTURED_REPLY: self._structured_reply,
+            Option.NBD_OPT_EXTENDED_HEADERS: self._extended_headers,
+            Option.NBD_OPT_LIST_META_CONTEXT: self._meta_context,
+            Option.NBD_OPT_SET_META_CONTEXT: self._meta_context,
         }
 
     async def run(self) -> Session | None:
@@ -159,6 +168,8 @@ class Negotiation:
         if option == Option.NBD_OPT_EXPORT_NAME:
             raise NegotiationError(f"export name of {length} bytes")
         await self._stream.discard(length)
+        if option == Option.NBD_OPT_SET_META_CONTEXT:
+            self._contexts.forget()
         # Negotiation ends with ABORT whatever comes with it.
         if option == Option.NBD_OPT_ABORT:
             return await self._abort(option, b"")
@@ -175,6 +186,8 @@ class Negotiation:
     # --- one handler an option: True goes on, False ends negotiation ---
 
     async def _export_name(self, option: int, data: bytes) -> bool:
+        if self._style.extended:
+            raise NegotiationError("EXPORT_NAME after extended headers were agreed on")
         try:
             name = parse_name(data, name_length_max=self._limits.name_length_max)
         except InvalidOption as error:
@@ -182,9 +195,11 @@ class Negotiation:
         export = self._exports.get(name)
         if export is None:
             raise NegotiationError(f"no export {name!r}")
-        reply = EXPORT_NAME_REPLY.pack(export.backend.length_bytes, export.transmission_flags)
+        contexts = self._contexts.on(export)
+        flags = transmission_flags(export, self._style, contexts)
+        reply = EXPORT_NAME_REPLY.pack(export.backend.length_bytes, flags)
         await self._stream.send(reply if self._no_zeroes else reply + EXPORT_NAME_ZEROES)
-        self._session = Session(export)
+        self._session = Session(export, self._style, contexts)
         return False
 
     async def _abort(self, option: int, data: bytes) -> bool:
@@ -204,6 +219,63 @@ class Negotiation:
         await self._reply(option, Reply.NBD_REP_ACK)
         return True
 
+    async def _structured_reply(self, option: int, data: bytes) -> bool:
+        if data:
+            raise InvalidOption("STRUCTURED_REPLY takes no data")
+        if self._style.extended:
+            text = b"extended headers were agreed on, which take precedence"
+            await self._reply(option, Reply.NBD_REP_ERR_EXT_HEADER_REQD, text)
+            return True
+        return await self._agree_on(option, STRUCTURED)
+
+    async def _extended_headers(self, option: int, data: bytes) -> bool:
+        if data:
+            raise InvalidOption("EXTENDED_HEADERS takes no data")
+        return await self._agree_on(option, EXTENDED)
+
+    async def _agree_on(self, option: int, style: ReplyStyle) -> bool:
+        if self._style is style:
+            raise InvalidOption(f"{style.name} replies were agreed on before")
+        self._style = style
+        await self._reply(option, Reply.NBD_REP_ACK)
+        return True
+
+    async def _meta_context(self, option: int, data: bytes) -> bool:
+        """LIST_META_CONTEXT and SET_META_CONTEXT."""
+        setting = option == Option.NBD_OPT_SET_META_CONTEXT
+        if setting:
+            self._contexts.forget()
+        if not self._style.structured:
+            raise InvalidOption("structured replies must be agreed on first")
+        try:
+            query = meta_context.parse_query(data, queries_max=self._limits.meta_queries_max)
+        except meta_context.TooManyQueries as error:
+            await self._reply(option, Reply.NBD_REP_ERR_TOO_BIG, str(error).encode())
+            return True
+        except meta_context.BadQuery as error:
+            raise InvalidOption(str(error)) from None
+        name = parse_name(query.export_name, name_length_max=self._limits.name_length_max)
+        export = self._exports.get(name)
+        if export is None:
+            await self._unknown(option, name)
+            return True
+        found: Iterable[MetaContext]
+        if setting:
+            found = self._contexts.choose(export, query.queries)
+        else:
+            found = meta_context.listed(export, query.queries)
+        replies = [
+            self._encode(
+                option,
+                Reply.NBD_REP_META_CONTEXT,
+                meta_context.encode_reply(context, listing=not setting),
+            )
+            for context in found
+        ]
+        replies.append(self._encode(option, Reply.NBD_REP_ACK))
+        await self._stream.send(b"".join(replies))
+        return True
+
     async def _info(self, option: int, data: bytes) -> bool:
         await self._describe(option, data)
         return True
@@ -212,15 +284,14 @@ class Negotiation:
         export = await self._describe(option, data)
         if export is None:
             return True
-        self._session = Session(export)
+        self._session = Session(export, self._style, self._contexts.on(export))
         return False
 
     async def _describe(self, option: int, data: bytes) -> Export | None:
         request = parse_info_request(data, name_length_max=self._limits.name_length_max)
         export = self._exports.get(request.name)
         if export is None:
-            text = f"no export named '{request.name[:64]}'" if request.name else "no default export"
-            await self._reply(option, Reply.NBD_REP_ERR_UNKNOWN, text.encode())
+            await self._unknown(option, request.name)
             return None
         replies = [
             self._encode(option, Reply.NBD_REP_INFO, item)
@@ -230,9 +301,14 @@ class Negotiation:
         await self._stream.send(b"".join(replies))
         return export
 
+    async def _unknown(self, option: int, name: str) -> None:
+        text = f"no export named '{name[:64]}'" if name else "no default export"
+        await self._reply(option, Reply.NBD_REP_ERR_UNKNOWN, text.encode())
+
     def _info_items(self, export: Export, wanted: frozenset[int]) -> list[bytes]:
         """NBD_INFO_EXPORT is always told, the rest to those who ask."""
-        size, flags = export.backend.length_bytes, export.transmission_flags
+        size = export.backend.length_bytes
+        flags = transmission_flags(export, self._style, self._contexts.on(export))
         items = [INFO_EXPORT.pack(Info.NBD_INFO_EXPORT, size, flags)]
         if Info.NBD_INFO_NAME in wanted:
             items.append(struct.pack(">H", Info.NBD_INFO_NAME) + export.name.encode())

@@ -14,30 +14,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from blockemu.drivers.nbd.protocol import (
-    NBD_REQUEST_MAGIC,
-    NBD_SIMPLE_REPLY_MAGIC,
-    REQUEST,
-    SIMPLE_REPLY,
-    SIMPLE_REPLY_OK,
-    NbdError,
-    request_word,
-)
+from blockemu.drivers.nbd.protocol import SIMPLE_REPLY_OK
 from blockemu.drivers.nbd.receive_buffer import WAIT_BYTES_MAX, ReceiveBuffer
+from blockemu.nbd.commands import DISC, PAYLOAD_LEN, READ, WRITE, check, payload_bytes
 from blockemu.nbd.reply_queue import EARLY_REPLY_BYTES
-from blockemu.nbd.request import DISC, READ, WRITE, Request, check
+from blockemu.nbd.request import Request
 
 if TYPE_CHECKING:
     import socket
 
     from blockemu.drivers.direct_map import DirectMap
     from blockemu.loop.buffers import Buffer
+    from blockemu.nbd.reply_style import Failure
     from blockemu.nbd.transmission import Connection
-
-PLAIN_READ = request_word(READ)
-PLAIN_WRITE = request_word(WRITE)
-HEADER_BYTES = REQUEST.size
-REPLY_BYTES = SIMPLE_REPLY.size
 
 
 class Intake:
@@ -113,7 +102,10 @@ class Intake:
         reads = read_bytes = writes = write_bytes = 0
         replies, limits = connection.replies, connection.limits
         data, view, position, end = received.data, received.view, received.start, received.end
-        unpack, take, give = REQUEST.unpack_from, connection.pool.take, connection.pool.give
+        take, give, style = connection.pool.take, connection.pool.give, connection.style
+        unpack, header_bytes = style.header.unpack_from, style.header.size
+        read_head, success, structured = style.read_head, style.success, style.structured
+        extended = style.extended
         add_part, add_buffer = replies.parts.append, replies.buffers.append
         length_max, room = limits.request_length_max, connection.room()
         budget = limits.round_bytes_max
@@ -124,7 +116,7 @@ class Intake:
         if direct_map is None:
             plain_read = plain_write = -1
         else:
-            plain_read, plain_write = PLAIN_READ, PLAIN_WRITE
+            plain_read, plain_write = style.plain_read, style.plain_write
             lookup_read, lookup_write = direct_map.lookup_read, direct_map.lookup_write
             file = direct_map.file
             start_read, start_write = file.start_read, file.start_write
@@ -133,7 +125,7 @@ class Intake:
                 plain_write = -1
 
         try:
-            while end - position >= HEADER_BYTES:
+            while end - position >= header_bytes:
                 word, cookie, offset, length = unpack(data, position)
                 if budget <= 0:
                     received.start = position
@@ -150,14 +142,18 @@ class Intake:
                         payload = buffer.view[:length]
                         result = start_read(host, payload, spare_done, buffer.address)
                         if result == length:
-                            position += HEADER_BYTES
+                            position += header_bytes
                             budget -= length + request_cost
                             reads += 1
                             read_bytes += length
-                            add_part(SIMPLE_REPLY_OK + cookie)
+                            if structured:
+                                head = read_head(cookie, offset, length)
+                            else:
+                                head = SIMPLE_REPLY_OK + cookie
+                            add_part(head)
                             add_part(payload)
                             add_buffer(buffer)
-                            replies.bytes_held += REPLY_BYTES + length
+                            replies.bytes_held += len(head) + length
                             if replies.bytes_held >= EARLY_REPLY_BYTES:
                                 received.start = position
                                 connection.send()
@@ -165,7 +161,7 @@ class Intake:
                                     return True
                             continue
                         if result is None:
-                            position += HEADER_BYTES
+                            position += header_bytes
                             budget -= request_cost  # its bytes aren't moved in this round
                             spare = self._spare
                             spare.command, spare.cookie = READ, cookie
@@ -175,7 +171,7 @@ class Intake:
                             continue
                         give(buffer)
                 elif word == plain_write:
-                    payload_at = position + HEADER_BYTES
+                    payload_at = position + header_bytes
                     after = payload_at + length
                     if payload_at < after <= end and (host := lookup_write(offset, length)) >= 0:
                         payload = view[payload_at:after]
@@ -203,8 +199,9 @@ class Intake:
                             budget -= length + request_cost
                             writes += 1
                             write_bytes += length
-                            add_part(SIMPLE_REPLY_OK + cookie)
-                            replies.bytes_held += REPLY_BYTES
+                            head = success(cookie, offset) if extended else SIMPLE_REPLY_OK + cookie
+                            add_part(head)
+                            replies.bytes_held += len(head)
                             continue
                 received.start = position
                 if not self._begin(word, cookie, offset, length):
@@ -244,28 +241,30 @@ class Intake:
     def _begin(self, word: int, cookie: bytes, offset: int, length: int) -> bool:
         """Begin a request that isn't plain. False when nothing behind it can be parsed yet."""
         connection, received = self._connection, self._received
+        session, limits, style = connection.session, connection.limits, connection.style
         command, flags = word & 0xFFFF, word >> 16 & 0xFFFF
-        if word >> 32 != NBD_REQUEST_MAGIC:
+        if word >> 32 != style.magic:
             connection.finish("bad request magic")
             return False
         if command == DISC:
             connection.finish("the client's wish", by_client=True)
             return False
-        error = check(
-            connection.export, connection.limits, command, flags, offset=offset, length=length
-        )
-        payload_bytes = length if command == WRITE else 0
-        if error:
-            return self._refuse(command, cookie, error, payload_bytes)
-        arrived = received.end - received.start - HEADER_BYTES
-        if arrived < payload_bytes <= WAIT_BYTES_MAX:
+        failure = check(session, limits, command, flags, offset=offset, length=length)
+        payload = payload_bytes(session, command, flags, length)
+        if failure is not None:
+            return self._refuse(command, cookie, offset, failure, payload)
+        arrived = received.end - received.start - style.header.size
+        if arrived < payload <= WAIT_BYTES_MAX:
             return False
-        received.start += HEADER_BYTES
+        received.start += style.header.size
         request = Request(connection)
-        request.describe(command, flags, cookie, offset=offset, length=length)
+        request.describe(command, flags & ~PAYLOAD_LEN, cookie, offset=offset, length=length)
         request.started_ns = self._started_ns
         connection.admit(request)
-        if not payload_bytes:
+        if command != WRITE or not payload:
+            # A payload that tells what is asked; limits keep it small enough to have arrived.
+            request.payload = bytes(received.view[received.start : received.start + payload])
+            received.start += payload
             connection.ctx.spawn(request.serve())
             return True
         request.buffer = connection.pool.take(length)
@@ -276,16 +275,18 @@ class Intake:
         self._start_write(request)
         return True
 
-    def _refuse(self, command: int, cookie: bytes, error: NbdError, payload_bytes: int) -> bool:
+    def _refuse(
+        self, command: int, cookie: bytes, offset: int, failure: Failure, payload: int
+    ) -> bool:
         """Answer a request with an error, after its payload has been dropped."""
-        connection, received = self._connection, self._received
-        if payload_bytes > connection.limits.discard_length_max:
-            connection.finish(f"a refused payload of {payload_bytes} bytes")
+        connection, received, style = self._connection, self._received, self._connection.style
+        if payload > connection.limits.payload_dropped_max(extended=style.extended):
+            connection.finish(f"a refused payload of {payload} bytes")
             return False
-        connection.count(command, 0, error, connection.ctx.now_ns() - self._started_ns)
-        refusal = SIMPLE_REPLY.pack(NBD_SIMPLE_REPLY_MAGIC, error, cookie)
-        received.start += HEADER_BYTES
-        received.discard(payload_bytes)
+        connection.count(command, 0, failure.error, connection.ctx.now_ns() - self._started_ns)
+        refusal = style.failure(cookie, offset, failure)
+        received.start += style.header.size
+        received.discard(payload)
         if received.discard_left:
             self._refusal = refusal
             return False
@@ -307,6 +308,6 @@ class Intake:
                     request.map, request.pin = direct_map, direct_map.pin()
                     return
                 if result == request.length:
-                    connection.finish_request(request, NbdError.NBD_SUCCESS)
+                    connection.finish_request(request, None)
                     return
         connection.ctx.spawn(request.serve())

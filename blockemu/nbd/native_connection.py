@@ -18,14 +18,17 @@ served, and when a drained section ends, we look for another.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from sys import byteorder
 from typing import TYPE_CHECKING, Any
 
-from blockemu.drivers.nbd.protocol import NbdError, error_of_errno
+from blockemu.drivers.nbd.protocol import error_of_errno
 from blockemu.loop.buffers import Buffer
 from blockemu.nbd._transmission import ffi, lib
+from blockemu.nbd.commands import PAYLOAD_LEN, READ, WITH_DATA, check
 from blockemu.nbd.connection import BaseConnection, State
-from blockemu.nbd.request import READ, WITH_DATA, Request, check
+from blockemu.nbd.reply_style import EXTENDED, SIMPLE, STRUCTURED, Failure, ReplyStyle
+from blockemu.nbd.request import Request
 
 if TYPE_CHECKING:
     import socket
@@ -40,8 +43,17 @@ _POLL = ffi.typeof("struct native_poll *")
 _MAP = ffi.typeof("struct direct_map *")
 _REQUEST = ffi.typeof("struct nbd_request *")
 _BYTES = ffi.typeof("char *")
+_NUMBER = ffi.typeof("uintptr_t")
+
+_PART = ffi.typeof("struct nbd_part[]")
 
 _FAULT = lib.NBD_FAULT
+
+_STYLES = {
+    SIMPLE.name: lib.NBD_STYLE_SIMPLE,
+    STRUCTURED.name: lib.NBD_STYLE_STRUCTURED,
+    EXTENDED.name: lib.NBD_STYLE_EXTENDED,
+}
 
 _ENDS = {
     # The words for the log, and whether the client has said that it sends no more.
@@ -112,8 +124,9 @@ class NativeConnection(BaseConnection):
             ffi.cast(_POLL, native.address),
             self._fd,
             self._token,
-            native_limits(self.limits),
+            native_limits(self.limits, self.style),
             statistics.native,
+            _STYLES[self.style.name],
         )
         if handle == ffi.NULL:
             native.remove_native(self._token)
@@ -188,23 +201,29 @@ class NativeConnection(BaseConnection):
         fault = self._fault
         lib.nbd_describe(native, fault)
         command, flags, offset, length = fault.command, fault.flags, fault.offset, fault.length
-        error = check(self.export, self.limits, command, flags, offset=offset, length=length)
-        if fault.error and not error:
-            error = error_of_errno(fault.error)
-        if error:
-            self.count(command, 0, error, 0)
-            lib.nbd_finish(native, error)
+        failure = check(self.session, self.limits, command, flags, offset=offset, length=length)
+        if fault.error and failure is None:
+            failure = Failure(error_of_errno(fault.error), os.strerror(fault.error))
+        cookie = fault.cookie.to_bytes(8, byteorder)
+        if failure is not None:
+            self.count(command, 0, failure.error, 0)
+            self._answer(native, [self.style.failure(cookie, offset, failure)])
             return
         assert not fault.dropped, "a payload that check() finds nothing wrong with was dropped"
         request = self.done_with.pop() if self.done_with else NativeRequest(self)
         assert isinstance(request, NativeRequest)
-        request.describe(command, flags, b"", offset=offset, length=length)
+        flags &= ~PAYLOAD_LEN
+        request.describe(command, flags, cookie, offset=offset, length=length)
         request.started_ns = self.ctx.now_ns()
         request.native = native
         address = fault.address
-        assert address or not request.bytes_held, "no memory for its data"
+        assert address or not length or command not in WITH_DATA, "no memory for its data"
         if address:
-            request.buffer = BorrowedMemory(address, length)
+            memory = BorrowedMemory(address, length)
+            if command in WITH_DATA:
+                request.buffer = memory
+            else:
+                request.payload = bytes(memory.view)
         if flags or fault.retry or not address or not self._start_by_map(request):
             self.ctx.spawn(request.serve())
 
@@ -228,29 +247,44 @@ class NativeConnection(BaseConnection):
             return True
         if result != request.length:
             return False
-        self.finish_request(request, NbdError.NBD_SUCCESS)
+        self.finish_request(request, None)
         self.done_with.append(request)
         return True
 
-    def finish_request(self, request: Request, error: NbdError) -> None:
+    def finish_request(self, request: Request, failure: Failure | None) -> None:
         assert isinstance(request, NativeRequest)
-        request.buffer = None
+        buffer, request.buffer = request.buffer, None
         native, request.native = request.native, None
         if self._state is not State.CLOSED:
+            error = 0 if failure is None else int(failure.error)
             took_ns = self.ctx.now_ns() - request.started_ns
             self.count(request.command, request.length, error, took_ns)
-        lib.nbd_finish(native, error)
+        if failure is not None:
+            self._answer(native, [self.style.failure(request.cookie, request.offset, failure)])
+        elif request.answer is not None:
+            assert buffer is None or isinstance(buffer, BorrowedMemory)
+            self._answer(native, request.answer)
+        else:
+            lib.nbd_finish(native)
         if self._state is State.OPEN:
             self._update_map()
 
+    def _answer(self, native: Any, parts: Sequence[bytes | memoryview]) -> None:
+        """Send these parts; those that aren't of the request's own memory are copied."""
+        kept = [ffi.from_buffer(part) for part in parts]
+        described = [(int(ffi.cast(_NUMBER, part)), len(part)) for part in kept]
+        if lib.nbd_answer(native, ffi.new(_PART, described), len(described)) < 0:
+            self.drop("no memory for a reply")
+            lib.nbd_finish(native)  # it is forgotten now
 
-def native_limits(limits: Limits) -> Any:
+
+def native_limits(limits: Limits, style: ReplyStyle) -> Any:
     """A `struct nbd_limits`."""
     return ffi.new(
         "struct nbd_limits *",
         {
             "request_length_max": limits.request_length_max,
-            "discard_length_max": limits.discard_length_max,
+            "discard_length_max": limits.payload_dropped_max(extended=style.extended),
             "in_flight_requests_max": limits.in_flight_requests_max,
             "unsent_parts_max": limits.unsent_parts_max,
             "in_flight_bytes_max": limits.in_flight_bytes_max,

@@ -2,8 +2,9 @@
 """Replies on their way out: many leave in one system call, in order, and partly when need be.
 
 A reply is its head (`bytes`) and, for a READ, its data: a `memoryview` of a pool buffer that goes
-back to the pool as soon as the kernel has taken the data. So in `parts` every memoryview belongs to
-one of `buffers`, in the same order; that is all the bookkeeping a partial send needs.
+back to the pool as soon as the kernel has taken the data. So in `parts` every memoryview has its
+place in `buffers`, in the same order: the buffer to be given back behind it, None where more of the
+buffer follows. That is all the bookkeeping a partial send needs.
 
 The fast path appends to the lists itself (intake.py); `bytes_held` is then its duty, too.
 """
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Sequence
 
     from blockemu.loop.buffers import Buffer, BufferPool
 
@@ -38,7 +40,7 @@ class ReplyQueue:
         self._sock = sock
         self._pool = pool
         self.parts: list[bytes | memoryview] = []
-        self.buffers: list[Buffer] = []
+        self.buffers: list[Buffer | None] = []
         self.bytes_held = 0
 
     def add(self, head: bytes) -> None:
@@ -53,6 +55,19 @@ class ReplyQueue:
         self.parts.append(buffer.view[:length])
         self.buffers.append(buffer)
         self.bytes_held += len(head) + length
+
+    def add_parts(self, parts: Sequence[bytes | memoryview], buffer: Buffer | None) -> None:
+        """Queue a reply of several parts. Its memoryviews are of `buffer`, which is ours from now
+        on; if there is none of them, it goes back at once."""
+        views = sum(isinstance(part, memoryview) for part in parts)
+        assert buffer is not None or not views
+        self.parts.extend(parts)
+        self.bytes_held += sum(map(len, parts))
+        if views:
+            self.buffers.extend([None] * (views - 1))
+            self.buffers.append(buffer)
+        elif buffer is not None:
+            self._pool.give(buffer)
 
     def send(self) -> bool:
         """Hand the kernel what it takes. True when nothing is left, False when it is full.
@@ -75,7 +90,8 @@ class ReplyQueue:
         """Forget everything; buffers go back to the pool."""
         give = self._pool.give
         for buffer in self.buffers:
-            give(buffer)
+            if buffer is not None:
+                give(buffer)
         self.buffers.clear()
         self.parts.clear()
         self.bytes_held = 0
@@ -94,5 +110,6 @@ class ReplyQueue:
         if sent:
             self.parts[0] = self.parts[0][sent:]
         for buffer in self.buffers[:buffers_gone]:
-            self._pool.give(buffer)
+            if buffer is not None:
+                self._pool.give(buffer)
         del self.buffers[:buffers_gone]

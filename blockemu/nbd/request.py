@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One request in flight: what is allowed, the slow path through the block graph, and completion.
+"""One request in flight: the slow path through the block graph, and completion.
 
-`check` is the protocol's own judgement of a request, before any backend sees it. `Request` exists
-only for requests that don't finish where they were parsed: it is what a pending host I/O calls
-back, and its `serve` is the coroutine that asks the backend, for everything that the direct map
-can't do.
+`Request` exists only for requests that don't finish where they were parsed: it is what a pending
+host I/O calls back, and its `serve` is the coroutine that asks the backend, for everything that the
+direct map can't do. commands.py has judged the request before.
 
 When a host I/O of the fast path fails or comes back short, the request is served again by the slow
 one: it alone decides what errors mean, so both fail the same way. Reads and writes may be repeated.
@@ -16,72 +15,50 @@ import logging
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.driver import RequestFlags
-from blockemu.drivers.nbd.protocol import Command, CommandFlag, NbdError, error_of_errno
+from blockemu.drivers.nbd.protocol import NbdError, error_of_errno
 from blockemu.loop.coroutine import Cancelled
+from blockemu.nbd import block_status
+from blockemu.nbd.commands import (
+    BLOCK_STATUS,
+    CACHE,
+    FAST_ZERO,
+    FLUSH,
+    FUA,
+    NO_HOLE,
+    READ,
+    TRIM,
+    WRITE,
+    WRITE_ZEROES,
+    data_bytes,
+)
+from blockemu.nbd.reply_style import Failure
 
 if TYPE_CHECKING:
     from blockemu.drivers.direct_map import DirectMap, Pin
-    from blockemu.exports import Export
-    from blockemu.limits import Limits
     from blockemu.loop.buffers import Buffer
     from blockemu.nbd.connection import BaseConnection
 
 log = logging.getLogger(__name__)
 
-READ = int(Command.NBD_CMD_READ)
-WRITE = int(Command.NBD_CMD_WRITE)
-DISC = int(Command.NBD_CMD_DISC)
-FLUSH = int(Command.NBD_CMD_FLUSH)
-TRIM = int(Command.NBD_CMD_TRIM)
-WRITE_ZEROES = int(Command.NBD_CMD_WRITE_ZEROES)
-FUA = int(CommandFlag.NBD_CMD_FLAG_FUA)
-NO_HOLE = int(CommandFlag.NBD_CMD_FLAG_NO_HOLE)
-
-# FUA is valid for all commands, and means nothing to those that don't write.
-_FLAGS_ALLOWED = {
-    READ: FUA,
-    WRITE: FUA,
-    DISC: FUA,
-    FLUSH: FUA,
-    TRIM: FUA,
-    WRITE_ZEROES: FUA | NO_HOLE,
-}
-_WRITING = frozenset((WRITE, TRIM, WRITE_ZEROES))
-
-WITH_DATA = frozenset((READ, WRITE))
-"""Commands whose length is data that travels; that of others is only a range."""
-
-
-def check(
-    export: Export, limits: Limits, command: int, flags: int, *, offset: int, length: int
-) -> NbdError:
-    """What the protocol has to say against this request; NBD_SUCCESS when it has nothing.
-
-    Source: "Error values", "Request types". A request of no length is fine and does nothing.
-    """
-    allowed = _FLAGS_ALLOWED.get(command)
-    if allowed is None or flags & ~allowed:
-        return NbdError.NBD_EINVAL
-    if command == FLUSH:
-        return NbdError.NBD_EINVAL if offset or length else NbdError.NBD_SUCCESS
-    if command in _WRITING and export.read_only:
-        return NbdError.NBD_EPERM
-    if command in WITH_DATA and length > limits.request_length_max:
-        return NbdError.NBD_EINVAL
-    if offset + length > export.backend.length_bytes:
-        return NbdError.NBD_ENOSPC if command in (WRITE, WRITE_ZEROES) else NbdError.NBD_EINVAL
-    return NbdError.NBD_SUCCESS
+PREFETCH_BYTES = 1 << 20
+"""What a CACHE request reads at once: all the memory that it takes, however long it is."""
 
 
 class Request:
     """Context: home thread of the connection.
 
     `started_ns` is when it was parsed. `buffer` holds the data of a WRITE, and takes that of a
-    READ; the connection owns it again when the request is over. `map` and `pin` are set while a
-    host I/O of the fast path is pending.
+    READ; the connection owns it again when the request is over. `payload` is what a client of
+    extended headers sent with another command. `map` and `pin` are set while a host I/O of the fast
+    path is pending.
+
+    `answer`, where `serve` sets it, is the whole reply in parts: bytes made by the connection's
+    ReplyStyle, and views of `buffer`, in the order of their addresses. Without one, a READ is
+    answered with its buffer and all else with a bare success.
     """
 
     __slots__ = (
+        "answer",
         "buffer",
         "command",
         "connection",
@@ -91,6 +68,7 @@ class Request:
         "length",
         "map",
         "offset",
+        "payload",
         "pin",
         "started_ns",
     )
@@ -104,6 +82,8 @@ class Request:
         self.length = 0
         self.started_ns = 0
         self.buffer: Buffer | None = None
+        self.payload = b""
+        self.answer: list[bytes | memoryview] | None = None
         self.map: DirectMap | None = None
         self.pin: Pin | None = None
         # Made once, not for each request that ends up not needing it.
@@ -112,7 +92,7 @@ class Request:
     @property
     def bytes_held(self) -> int:
         """Memory that this request's data takes while it is in flight."""
-        return self.length if self.command in WITH_DATA else 0
+        return data_bytes(self.command, self.length, self.connection.limits)
 
     def describe(
         self, command: int, flags: int, cookie: bytes, *, offset: int, length: int
@@ -141,18 +121,18 @@ class Request:
 
         Never raises: what goes wrong is the request's answer.
         """
-        error = NbdError.NBD_SUCCESS
+        failure: Failure | None = None
         try:
             await self._ask_backend()
-        except OSError as failure:
-            error = error_of_errno(failure.errno)
-            log.debug("%r: request failed: %s", self.connection, failure)
+        except OSError as error:
+            failure = Failure(error_of_errno(error.errno), error.strerror or "")
+            log.debug("%r: request failed: %s", self.connection, error)
         except Cancelled:
-            error = NbdError.NBD_ESHUTDOWN
+            failure = Failure(NbdError.NBD_ESHUTDOWN, "the server is shutting down")
         except Exception:
-            error = NbdError.NBD_EIO
+            failure = Failure(NbdError.NBD_EIO, "internal error: the server's log has it")
             log.exception("%r: request failed for a reason of our own", self.connection)
-        self.connection.finish_request(self, error)
+        self.connection.finish_request(self, failure)
 
     async def _ask_backend(self) -> None:
         backend = self.connection.export.backend
@@ -172,9 +152,30 @@ class Request:
         elif command == WRITE_ZEROES:
             if not self.flags & NO_HOLE:
                 flags |= RequestFlags.MAY_UNMAP
+            if self.flags & FAST_ZERO:
+                flags |= RequestFlags.NO_FALLBACK
             await backend.pwrite_zeroes(offset, length, flags)
+        elif command == CACHE:
+            await self._prefetch()
+        elif command == BLOCK_STATUS:
+            self.answer = await block_status.answer(self)
         else:
             assert command == TRIM, command
             await backend.pdiscard(offset, length)
             if flags & RequestFlags.FUA:
                 await backend.flush()
+
+    async def _prefetch(self) -> None:
+        """Read the range and let go of it: what lies below, such as a page cache, may keep it.
+
+        Suspends: for each piece. A client that has gone ends it.
+        """
+        connection, offset, end = self.connection, self.offset, self.offset + self.length
+        while offset < end and connection.wants_answers:
+            piece = min(PREFETCH_BYTES, end - offset)
+            buffer = connection.pool.take(piece)
+            try:
+                await connection.export.backend.preadv(offset, buffer.view[:piece])
+            finally:
+                connection.pool.give(buffer)
+            offset += piece

@@ -27,22 +27,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from blockemu.drivers.nbd.protocol import (
-    NBD_SIMPLE_REPLY_MAGIC,
-    SIMPLE_REPLY,
-    SIMPLE_REPLY_OK,
-    NbdError,
-)
+from blockemu.nbd.commands import READ, data_bytes
 from blockemu.nbd.connection import BaseConnection, State
 from blockemu.nbd.intake import Intake
 from blockemu.nbd.reply_queue import EARLY_REPLY_BYTES, EARLY_REPLY_PARTS, ReplyQueue
-from blockemu.nbd.request import READ, WITH_DATA, Request
+from blockemu.nbd.request import Request
 
 if TYPE_CHECKING:
     import socket
 
     from blockemu.limits import Limits
     from blockemu.loop.bottom_half import BH
+    from blockemu.nbd.reply_style import Failure
     from blockemu.nbd.session import Session
 
 
@@ -215,9 +211,8 @@ class Connection(BaseConnection):
         if self._in_flight >= self.limits.in_flight_requests_max:
             return True
         held = self._in_flight_bytes + self.replies.bytes_held
-        if not held or command not in WITH_DATA:
-            return False
-        return held + length > self.limits.in_flight_bytes_max
+        wanted = data_bytes(command, length, self.limits)
+        return bool(held and wanted) and held + wanted > self.limits.in_flight_bytes_max
 
     def admit(self, request: Request) -> None:
         """`request` is in flight from now on, until `finish_request` or `forget_request`."""
@@ -242,48 +237,60 @@ class Connection(BaseConnection):
         """What finish_request comes to for a READ or WRITE that went well, a third shorter."""
         buffer = request.buffer
         if self._state is State.CLOSED or buffer is None:
-            self.finish_request(request, NbdError.NBD_SUCCESS)
+            self.finish_request(request, None)
             return
-        length, replies = request.length, self.replies
+        length, replies, style = request.length, self.replies, self.style
         self._in_flight -= 1
         self._in_flight_bytes -= length
         took_ns = self._now_ns() - request.started_ns
         request.buffer = None
         if request.command == READ:
             self._statistics.reads.count_one(length, took_ns)
-            replies.add_data(SIMPLE_REPLY_OK + request.cookie, buffer, length)
+            head = style.read_head(request.cookie, request.offset, length)
+            replies.add_data(head, buffer, length)
         else:
             self._statistics.writes.count_one(length, took_ns)
-            replies.add(SIMPLE_REPLY_OK + request.cookie)
+            replies.add(style.success(request.cookie, request.offset))
             self.pool.give(buffer)
         if not self._flush_deferred or len(replies.parts) >= EARLY_REPLY_PARTS:
             self.send_later()
         if self._paused:
             self.resume()
 
-    def finish_request(self, request: Request, error: NbdError) -> None:
+    def finish_request(self, request: Request, failure: Failure | None) -> None:
         """The request is over: queue its reply, and let go of what it held."""
         if self._state is State.CLOSED:
             self.forget_request(request)
             self._closed_if_idle()
             return
-        length, buffer, replies = request.length, request.buffer, self.replies
+        command, length = request.command, request.length
         self._in_flight -= 1
-        if request.command in WITH_DATA:
-            self._in_flight_bytes -= length
-        self.count(request.command, length, error, self.ctx.now_ns() - request.started_ns)
-        if error:
-            replies.add(SIMPLE_REPLY.pack(NBD_SIMPLE_REPLY_MAGIC, error, request.cookie))
-        elif request.command == READ and buffer is not None:
-            request.buffer = None
-            replies.add_data(SIMPLE_REPLY_OK + request.cookie, buffer, length)
-            buffer = None
-        else:
-            replies.add(SIMPLE_REPLY_OK + request.cookie)
+        self._in_flight_bytes -= request.bytes_held
+        error = failure.error if failure is not None else 0
+        self.count(command, length, error, self.ctx.now_ns() - request.started_ns)
+        self._queue_reply(request, failure)
+        buffer = request.buffer
         if buffer is not None:
             request.buffer = None
             self.pool.give(buffer)
-        if not self._flush_deferred or len(replies.parts) >= EARLY_REPLY_PARTS:
+        if not self._flush_deferred or len(self.replies.parts) >= EARLY_REPLY_PARTS:
             self.send_later()
         if self._paused:
             self.resume()
+
+    def _queue_reply(self, request: Request, failure: Failure | None) -> None:
+        """The reply joins the queue, and takes the buffer with it if that is part of it."""
+        replies, style, buffer = self.replies, self.style, request.buffer
+        cookie, offset = request.cookie, request.offset
+        if failure is not None:
+            replies.add(style.failure(cookie, offset, failure))
+        elif request.answer is not None:
+            replies.add_parts(request.answer, buffer)
+            request.buffer = None
+        elif request.command == READ and buffer is not None:
+            replies.add_data(
+                style.read_head(cookie, offset, request.length), buffer, request.length
+            )
+            request.buffer = None
+        else:
+            replies.add(style.success(cookie, offset))

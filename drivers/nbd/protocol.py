@@ -27,6 +27,15 @@ Layout: "Structured reply chunk message", where structured replies were agreed o
              BLOCK_STATUS  u32 context, then for each extent u32 length, u32 state
              ERROR         u32 error, u16 length of the message, the message
              ERROR_OFFSET  as ERROR, then u64 offset
+
+Layout: "Request message", "Extended reply chunk message" (branch extension-ext-header of that
+repository), where extended headers were agreed on
+
+    request  u32 NBD_EXTENDED_REQUEST_MAGIC, u16 flags, u16 type, 8 bytes cookie, u64 offset,
+             u64 length, then `length` bytes of payload if PAYLOAD_LEN is among the flags
+    chunk    u32 NBD_EXTENDED_REPLY_MAGIC, u16 flags, u16 type, 8 bytes cookie, u64 offset of the
+             request, u64 length, then `length` bytes as above; instead of BLOCK_STATUS:
+             BLOCK_STATUS_EXT  u32 context, u32 count, then for each extent u64 length, u64 state
 """
 
 from __future__ import annotations
@@ -41,6 +50,8 @@ NBD_REP_MAGIC = 0x3E889045565A9
 NBD_REQUEST_MAGIC = 0x25609513
 NBD_SIMPLE_REPLY_MAGIC = 0x67446698
 NBD_STRUCTURED_REPLY_MAGIC = 0x668E33EF
+NBD_EXTENDED_REQUEST_MAGIC = 0x21E41C71
+NBD_EXTENDED_REPLY_MAGIC = 0x6E8A278C
 
 
 class HandshakeFlag(enum.IntFlag):
@@ -69,7 +80,9 @@ class TransmissionFlag(enum.IntFlag):
     NBD_FLAG_SEND_WRITE_ZEROES = 1 << 6
     NBD_FLAG_SEND_DF = 1 << 7
     NBD_FLAG_CAN_MULTI_CONN = 1 << 8
+    NBD_FLAG_SEND_CACHE = 1 << 10
     NBD_FLAG_SEND_FAST_ZERO = 1 << 11
+    NBD_FLAG_BLOCK_STATUS_PAYLOAD = 1 << 12
 
 
 class Option(enum.IntEnum):
@@ -84,6 +97,7 @@ class Option(enum.IntEnum):
     NBD_OPT_STRUCTURED_REPLY = 8
     NBD_OPT_LIST_META_CONTEXT = 9
     NBD_OPT_SET_META_CONTEXT = 10
+    NBD_OPT_EXTENDED_HEADERS = 11
 
 
 _REP_ERROR = 1 << 31
@@ -104,6 +118,7 @@ class Reply(enum.IntEnum):
     NBD_REP_ERR_SHUTDOWN = _REP_ERROR + 7
     NBD_REP_ERR_BLOCK_SIZE_REQD = _REP_ERROR + 8
     NBD_REP_ERR_TOO_BIG = _REP_ERROR + 9
+    NBD_REP_ERR_EXT_HEADER_REQD = _REP_ERROR + 10
 
 
 class Info(enum.IntEnum):
@@ -136,6 +151,7 @@ class CommandFlag(enum.IntFlag):
     NBD_CMD_FLAG_DF = 1 << 2
     NBD_CMD_FLAG_REQ_ONE = 1 << 3
     NBD_CMD_FLAG_FAST_ZERO = 1 << 4
+    NBD_CMD_FLAG_PAYLOAD_LEN = 1 << 5
 
 
 class ChunkType(enum.IntEnum):
@@ -145,6 +161,7 @@ class ChunkType(enum.IntEnum):
     NBD_REPLY_TYPE_OFFSET_DATA = 1
     NBD_REPLY_TYPE_OFFSET_HOLE = 2
     NBD_REPLY_TYPE_BLOCK_STATUS = 5
+    NBD_REPLY_TYPE_BLOCK_STATUS_EXT = 6
     NBD_REPLY_TYPE_ERROR = 1 << 15 | 1
     NBD_REPLY_TYPE_ERROR_OFFSET = 1 << 15 | 2
 
@@ -243,6 +260,9 @@ The first three fields are compared far more often than they are taken apart: a 
 is recognised by one comparison of integers.
 """
 
+EXTENDED_REQUEST = struct.Struct(">Q8sQQ")
+"""As REQUEST, with a length of 64 bits."""
+
 SIMPLE_REPLY = struct.Struct(">II8s")
 """NBD_SIMPLE_REPLY_MAGIC, error, cookie."""
 
@@ -253,7 +273,10 @@ SIMPLE_REPLY_OK = struct.pack(">II", NBD_SIMPLE_REPLY_MAGIC, 0)
 STRUCTURED_REPLY = struct.Struct(">IHHQI")
 """NBD_STRUCTURED_REPLY_MAGIC, flags, type, cookie, length of what follows."""
 
+EXTENDED_REPLY = struct.Struct(">IHHQQQ")
+"""NBD_EXTENDED_REPLY_MAGIC, flags, type, cookie, offset of the request, length of what follows."""
 
-def request_word(command: int, flags: int = 0) -> int:
+
+def request_word(command: int, flags: int = 0, magic: int = NBD_REQUEST_MAGIC) -> int:
     """The first eight bytes of a request, as the number that `REQUEST` unpacks."""
-    return NBD_REQUEST_MAGIC << 32 | flags << 16 | command
+    return magic << 32 | flags << 16 | command

@@ -20,7 +20,7 @@ from blockemu.drivers.errors import ImageError, io_error
 from blockemu.drivers.filename import is_json
 from blockemu.drivers.map_slot import MapSlot
 from blockemu.drivers.options import take_dict, take_str
-from blockemu.drivers.qcow2 import resize, snapshot, status
+from blockemu.drivers.qcow2 import resize, snapshot, status, status_walk
 from blockemu.drivers.qcow2.bitmap_directory import BitmapDirectory, read_directory
 from blockemu.drivers.qcow2.bitmap_store import BitmapStore
 from blockemu.drivers.qcow2.compression import TYPE_NAMES
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from blockemu.drivers.node import BlockDriverState
     from blockemu.drivers.qcow2.encryption import Encryption
     from blockemu.drivers.registry import Opener
+    from blockemu.drivers.status_runs import StatusRuns
 
 log = logging.getLogger(__name__)
 
@@ -208,6 +209,9 @@ class Qcow2Driver(BlockDriver):
 
     async def block_status(self, offset: int, length: int) -> BlockStatus:
         return await status.block_status(self.image, offset, length)
+
+    async def status_runs(self, offset: int, length: int, *, runs_max: int) -> StatusRuns:
+        return await status_walk.status_runs(self.image, offset, length, runs_max=runs_max)
 
     async def truncate(self, length: int, *, preallocation: str = "off") -> None:
         await self._bitmaps_resizing(length)

@@ -48,7 +48,7 @@ static struct nbd_counters *nbd_counters_of(const struct nbd_request *request)
 static void nbd_succeed(struct nbd_request *request)
 {
     nbd_count(nbd_counters_of(request), request->length, request->started_ns);
-    nbd_reply(request, 0);
+    nbd_reply(request);
 }
 
 /* The host refused, with -errno, or came back short: the graph is to do it again, and to say what is
@@ -78,7 +78,7 @@ static void nbd_io_done(struct native_poll *poll, struct poll_io *io, int64_t re
         nbd_request_forget(request);
     } else if (result == (int64_t)io->length) {
         nbd_count(nbd_counters_of(request), request->length, request->started_ns);
-        nbd_reply_soon(request, 0);
+        nbd_reply_soon(request);
     } else {
         nbd_go_wrong(request, result);
     }

@@ -3,38 +3,58 @@
  * Replies on their way out: in the order in which requests end, many in one sendmsg, partly when the
  * socket is full. A request and its buffer live until the kernel has taken the last byte. */
 
-#include <endian.h>
 #include <errno.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 
-static void nbd_put32(uint8_t *to, uint32_t value)
+static uint64_t nbd_reply_bytes(const struct nbd_request *reply)
 {
-    value = htobe32(value);
-    memcpy(to, &value, sizeof value);
+    return reply->answer != NULL ? reply->answer->bytes : reply->head_bytes + reply->data_bytes;
 }
 
-/* The request is over: its reply joins the queue. Source: "Simple reply message". */
-static void nbd_reply(struct nbd_request *request, uint32_t error)
+static uint32_t nbd_reply_parts(const struct nbd_request *reply)
+{
+    return reply->answer != NULL ? reply->answer->count : 1 + (reply->data_bytes != 0);
+}
+
+static struct iovec nbd_reply_part(const struct nbd_request *reply, uint32_t index)
+{
+    struct iovec part;
+
+    if (reply->answer != NULL)
+        return reply->answer->parts[index];
+    if (index == 0) {
+        part.iov_base = (void *)(uintptr_t)reply->head;
+        part.iov_len = reply->head_bytes;
+    } else {
+        part.iov_base = (void *)(uintptr_t)reply->buffer->address;
+        part.iov_len = reply->data_bytes;
+    }
+    return part;
+}
+
+/* The request is over: its reply joins the queue. It is the `answer`, if that is there, or says that
+ * all went well. */
+static void nbd_reply(struct nbd_request *request)
 {
     struct nbd_connection *connection = request->connection;
 
     connection->in_flight--;
     connection->in_flight_bytes -= nbd_bytes_held(request);
-    nbd_put32(request->reply, NBD_SIMPLE_REPLY_MAGIC);
-    nbd_put32(request->reply + 4, error);
-    memcpy(request->reply + 8, request->cookie, sizeof request->cookie);
-    request->data_bytes = error == 0 && request->command == NBD_READ ? request->length : 0;
+    if (request->answer == NULL) {
+        request->data_bytes = request->command == NBD_READ ? request->length : 0;
+        request->head_bytes = nbd_write_head(request);
+    }
     request->next = NULL;
     if (connection->replies_first == NULL)
         connection->replies_first = request;
     else
         connection->replies_last->next = request;
     connection->replies_last = request;
-    connection->unsent_bytes += NBD_REPLY_BYTES + request->data_bytes;
-    connection->unsent_parts += 1 + (request->data_bytes != 0);
+    connection->unsent_bytes += nbd_reply_bytes(request);
+    connection->unsent_parts += nbd_reply_parts(request);
     if (connection->paused)
         nbd_unpause(connection);
     if (connection->blocked)
@@ -47,35 +67,36 @@ static void nbd_reply(struct nbd_request *request, uint32_t error)
 
 /* The same for requests that end one by one: many of them don't wait for the end of the pass. The
  * client sends its next requests while the rest is answered, and the disk doesn't run dry. */
-static void nbd_reply_soon(struct nbd_request *request, uint32_t error)
+static void nbd_reply_soon(struct nbd_request *request)
 {
     struct nbd_connection *connection = request->connection;
 
-    nbd_reply(request, error);
+    nbd_reply(request);
     if (connection->unsent_parts >= NBD_EARLY_PARTS && !connection->blocked)
         nbd_send(connection);
 }
 
-/* Gathers what is unsent into `parts`. Returns how many. */
+/* Gathers what is unsent into `parts`, as far as they go. Returns how many. */
 static int nbd_gather(const struct nbd_connection *connection, struct iovec *parts)
 {
     uint64_t skip = connection->head_sent;
     int count = 0;
 
-    for (const struct nbd_request *reply = connection->replies_first;
-         reply != NULL && count + 2 <= NBD_PARTS_MAX; reply = reply->next) {
-        if (skip < NBD_REPLY_BYTES) {
-            parts[count].iov_base = (void *)(uintptr_t)(reply->reply + skip);
-            parts[count++].iov_len = NBD_REPLY_BYTES - skip;
-            skip = NBD_REPLY_BYTES;
+    for (const struct nbd_request *reply = connection->replies_first; reply != NULL;
+         reply = reply->next)
+        for (uint32_t i = 0, last = nbd_reply_parts(reply); i < last; i++) {
+            struct iovec part = nbd_reply_part(reply, i);
+
+            if (skip >= part.iov_len) {
+                skip -= part.iov_len;
+                continue;
+            }
+            if (count == NBD_PARTS_MAX)
+                return count;
+            parts[count].iov_base = (uint8_t *)part.iov_base + skip;
+            parts[count++].iov_len = part.iov_len - skip;
+            skip = 0;
         }
-        if (reply->data_bytes != 0) {
-            skip -= NBD_REPLY_BYTES;
-            parts[count].iov_base = (void *)(uintptr_t)(reply->buffer->address + skip);
-            parts[count++].iov_len = reply->data_bytes - skip;
-        }
-        skip = 0;
-    }
     return count;
 }
 
@@ -86,14 +107,13 @@ static void nbd_take_off(struct nbd_connection *connection, uint64_t sent)
 
     connection->unsent_bytes -= sent;
     sent += connection->head_sent;
-    while ((reply = connection->replies_first) != NULL &&
-           sent >= NBD_REPLY_BYTES + (uint64_t)reply->data_bytes) {
-        sent -= NBD_REPLY_BYTES + (uint64_t)reply->data_bytes;
-        connection->unsent_parts -= 1 + (reply->data_bytes != 0);
+    while ((reply = connection->replies_first) != NULL && sent >= nbd_reply_bytes(reply)) {
+        sent -= nbd_reply_bytes(reply);
+        connection->unsent_parts -= nbd_reply_parts(reply);
         connection->replies_first = reply->next;
         nbd_request_release(reply);
     }
-    connection->head_sent = (uint32_t)sent;
+    connection->head_sent = sent;
 }
 
 /* The peer is gone: Python hears of it, and will close. */

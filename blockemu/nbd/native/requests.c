@@ -2,6 +2,7 @@
  *
  * A request's memory, and the ways in which it ends other than by a plain reply. */
 
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -31,6 +32,10 @@ static void nbd_request_release(struct nbd_request *request)
     if (request->buffer != NULL) {
         buffer_give(connection->poll->buffers, request->buffer);
         request->buffer = NULL;
+    }
+    if (request->answer != NULL) {
+        free(request->answer);
+        request->answer = NULL;
     }
     request->next = connection->free;
     connection->free = request;
@@ -81,15 +86,61 @@ void nbd_describe(const struct nbd_request *request, struct nbd_fault *fault)
     fault->length = request->length;
     fault->command = request->command;
     fault->flags = request->flags;
+    if (request->has_payload && request->connection->style == NBD_STYLE_EXTENDED)
+        fault->flags |= NBD_FLAG_PAYLOAD_LEN;
     fault->retry = request->retry;
     fault->dropped = request->dropped;
     fault->error = request->error;
+    memcpy(&fault->cookie, request->cookie, sizeof fault->cookie);
 }
 
-void nbd_finish(struct nbd_request *request, uint32_t error)
+void nbd_finish(struct nbd_request *request)
 {
     if (request->connection->closed)
         nbd_request_forget(request);
     else
-        nbd_reply_soon(request, error);
+        nbd_reply_soon(request);
+}
+
+/* Whether a part lies in the request's own memory, which lives as long as the reply. */
+static int nbd_is_own(const struct nbd_request *request, const struct nbd_part *part)
+{
+    return request->buffer != NULL && part->address >= request->buffer->address &&
+           part->address - request->buffer->address < request->length;
+}
+
+int nbd_answer(struct nbd_request *request, const struct nbd_part *parts, uint32_t count)
+{
+    struct nbd_answer *answer;
+    uint64_t text_bytes = 0;
+    uint8_t *text;
+
+    if (request->connection->closed) {
+        nbd_request_forget(request);
+        return 0;
+    }
+    for (uint32_t i = 0; i < count; i++)
+        if (!nbd_is_own(request, &parts[i]))
+            text_bytes += parts[i].bytes;
+    answer = malloc(sizeof *answer + count * sizeof answer->parts[0] + text_bytes);
+    if (answer == NULL)
+        return -ENOMEM;
+    answer->bytes = 0;
+    answer->count = count;
+    text = (uint8_t *)&answer->parts[count];
+    for (uint32_t i = 0; i < count; i++) {
+        void *from = (void *)(uintptr_t)parts[i].address;
+
+        answer->parts[i].iov_len = parts[i].bytes;
+        answer->bytes += parts[i].bytes;
+        if (nbd_is_own(request, &parts[i])) {
+            answer->parts[i].iov_base = from;
+        } else {
+            answer->parts[i].iov_base = memcpy(text, from, parts[i].bytes);
+            text += parts[i].bytes;
+        }
+    }
+    request->answer = answer;
+    nbd_reply_soon(request);
+    return 0;
 }

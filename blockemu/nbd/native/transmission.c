@@ -52,7 +52,8 @@ static int nbd_must_wait(const struct nbd_connection *connection, unsigned comma
         return 1;
     if (held == 0 || (command != NBD_READ && command != NBD_WRITE))
         return 0;
-    return held + length > connection->limits.in_flight_bytes_max;
+    return length > connection->limits.in_flight_bytes_max ||
+           held > connection->limits.in_flight_bytes_max - length;
 }
 
 static int nbd_hears(const struct nbd_connection *connection)
@@ -104,51 +105,13 @@ static void nbd_end(struct nbd_connection *connection, enum nbd_event why, uint6
 
 /* --- requests --- */
 
-static uint16_t nbd_get16(const uint8_t *from)
-{
-    uint16_t value;
-
-    memcpy(&value, from, sizeof value);
-    return be16toh(value);
-}
-
-static uint32_t nbd_get32(const uint8_t *from)
-{
-    uint32_t value;
-
-    memcpy(&value, from, sizeof value);
-    return be32toh(value);
-}
-
-static uint64_t nbd_get64(const uint8_t *from)
-{
-    uint64_t value;
-
-    memcpy(&value, from, sizeof value);
-    return be64toh(value);
-}
-
-/* Fills in what the header says. Source: "Request message". */
-static void nbd_read_header(struct nbd_request *request, const uint8_t *header, uint64_t now_ns)
-{
-    request->flags = nbd_get16(header + 4);
-    request->command = nbd_get16(header + 6);
-    memcpy(request->cookie, header + 8, sizeof request->cookie);
-    request->offset = nbd_get64(header + 16);
-    request->length = nbd_get32(header + 24);
-    request->started_ns = now_ns;
-    request->retry = 0;
-    request->dropped = 0;
-    request->error = 0;
-}
-
-/* A WRITE whose payload lies whole at `payload`. */
-static void nbd_take_write(struct nbd_request *request, const uint8_t *payload)
+/* A request whose payload lies whole at `payload`. */
+static void nbd_take_whole(struct nbd_request *request, const uint8_t *payload)
 {
     struct nbd_connection *connection = request->connection;
 
-    if (nbd_write_in_place(connection, request, payload)) {
-        nbd_reply(request, 0);
+    if (request->command == NBD_WRITE && nbd_write_in_place(connection, request, payload)) {
+        nbd_reply(request);
         return;
     }
     if (nbd_request_buffer(request) != 0) {
@@ -157,7 +120,10 @@ static void nbd_take_write(struct nbd_request *request, const uint8_t *payload)
         return;
     }
     memcpy((void *)(uintptr_t)request->buffer->address, payload, request->length);
-    nbd_start_write(request);
+    if (request->command == NBD_WRITE)
+        nbd_start_write(request);
+    else
+        nbd_fault(request);
 }
 
 /* A WRITE whose payload has yet to arrive, as far as `available` bytes aren't here. */
@@ -178,28 +144,50 @@ static enum nbd_stop_reason nbd_expect_payload(struct nbd_request *request, uint
     return NBD_STOP_PAYLOAD;
 }
 
-/* A WRITE too long to take: its payload is dropped, then Python answers. */
+/* A payload too long to take: it is dropped, then Python answers. */
 static enum nbd_stop_reason nbd_drop_payload(struct nbd_request *request, uint32_t available)
 {
     struct nbd_connection *connection = request->connection;
+    uint64_t length = request->length;
 
-    if (request->length > connection->limits.discard_length_max) {
-        uint64_t length = request->length;
-
+    if (length > connection->limits.discard_length_max) {
         nbd_request_forget(request);
         nbd_end(connection, NBD_TOO_LONG, length);
         return NBD_STOP_END;
     }
     request->dropped = 1;
-    if (available >= request->length) {
-        connection->start += request->length;
+    if (available >= length) {
+        connection->start += (uint32_t)length;
         nbd_fault(request);
         return NBD_BEGUN;
     }
     connection->start += available;
     connection->incoming = request;
-    connection->incoming_bytes = request->length - available;
+    connection->incoming_bytes = length - available;
     return NBD_STOP_PAYLOAD;
+}
+
+/* A request with a payload, of which `available` bytes are here: all, or it is a big one. Only a
+ * WRITE may have a big one; what a small one of another command says is Python's to understand. */
+static enum nbd_stop_reason nbd_take_payload(struct nbd_request *request, uint32_t available)
+{
+    struct nbd_connection *connection = request->connection;
+    const uint8_t *payload = connection->received + connection->start;
+    uint64_t length_max = connection->limits.request_length_max;
+
+    if (request->command != NBD_WRITE && length_max > NBD_WAIT_BYTES_MAX)
+        length_max = NBD_WAIT_BYTES_MAX;
+    if (request->length > length_max)
+        return nbd_drop_payload(request, available);
+    if (request->length == 0) {
+        nbd_fault(request);
+        return NBD_BEGUN;
+    }
+    if (available < request->length)
+        return nbd_expect_payload(request, available);
+    connection->start += (uint32_t)request->length;
+    nbd_take_whole(request, payload);
+    return NBD_BEGUN;
 }
 
 /* A request without a payload. */
@@ -224,12 +212,14 @@ static void nbd_take_other(struct nbd_request *request)
 static enum nbd_stop_reason nbd_begin(struct nbd_connection *connection, struct nbd_budget *budget)
 {
     const uint8_t *header = connection->received + connection->start;
-    uint32_t available = connection->end - connection->start - NBD_REQUEST_BYTES;
+    uint32_t header_bytes = nbd_header_bytes(connection->style);
+    uint32_t available = connection->end - connection->start - header_bytes;
     unsigned command = nbd_get16(header + 6);
-    uint32_t length = nbd_get32(header + 24);
+    uint64_t length = nbd_header_length(header, connection->style);
+    int has_payload = nbd_has_payload(header, connection->style);
     struct nbd_request *request;
 
-    if (nbd_get32(header) != NBD_REQUEST_MAGIC) {
+    if (nbd_get32(header) != nbd_request_magic(connection->style)) {
         nbd_end(connection, NBD_BAD_MAGIC, 0);
         return NBD_STOP_END;
     }
@@ -239,7 +229,7 @@ static enum nbd_stop_reason nbd_begin(struct nbd_connection *connection, struct 
     }
     if (nbd_must_wait(connection, command, length))
         return NBD_STOP_BOUND;
-    if (command == NBD_WRITE && available < length && length <= NBD_WAIT_BYTES_MAX)
+    if (has_payload && available < length && length <= NBD_WAIT_BYTES_MAX)
         return NBD_STOP_EMPTY;
     request = nbd_request_new(connection);
     if (request == NULL) {
@@ -247,25 +237,16 @@ static enum nbd_stop_reason nbd_begin(struct nbd_connection *connection, struct 
         return NBD_STOP_END;
     }
     nbd_read_header(request, header, (uint64_t)connection->poll->now_ns);
-    connection->start += NBD_REQUEST_BYTES;
+    connection->start += header_bytes;
     budget->requests--;
-    if (command != NBD_WRITE) {
-        if (connection->map != NULL && connection->map->io != MAP_IO_AIO)
-            budget->bytes -= length;
-        nbd_take_other(request);
-        return NBD_BEGUN;
+    if (has_payload) {
+        budget->bytes -= length <= INT32_MAX ? (int64_t)length : INT32_MAX;
+        return nbd_take_payload(request, available);
     }
-    budget->bytes -= length;
-    if (length > connection->limits.request_length_max)
-        return nbd_drop_payload(request, available);
-    if (length == 0) {
-        nbd_fault(request);
-        return NBD_BEGUN;
-    }
-    if (available < length)
-        return nbd_expect_payload(request, available);
-    connection->start += length;
-    nbd_take_write(request, header + NBD_REQUEST_BYTES);
+    if (command == NBD_READ && length <= connection->limits.request_length_max &&
+        connection->map != NULL && connection->map->io != MAP_IO_AIO)
+        budget->bytes -= (int64_t)length;
+    nbd_take_other(request);
     return NBD_BEGUN;
 }
 
@@ -275,7 +256,9 @@ static enum nbd_stop_reason nbd_parse(struct nbd_connection *connection)
     struct nbd_budget budget = {connection->limits.round_requests_max,
                                 connection->limits.round_bytes_max};
 
-    while (connection->end - connection->start >= NBD_REQUEST_BYTES) {
+    uint32_t header_bytes = nbd_header_bytes(connection->style);
+
+    while (connection->end - connection->start >= header_bytes) {
         enum nbd_stop_reason reason;
 
         if (budget.requests <= 0 || budget.bytes <= 0)
@@ -411,7 +394,8 @@ static uint32_t nbd_events_max(const struct nbd_limits *limits)
 }
 
 struct nbd_connection *nbd_open(struct native_poll *poll, int32_t fd, uint64_t token,
-                                const struct nbd_limits *limits, struct nbd_statistics *statistics)
+                                const struct nbd_limits *limits, struct nbd_statistics *statistics,
+                                int32_t style)
 {
     struct nbd_connection *connection = calloc(1, sizeof *connection);
 
@@ -427,6 +411,7 @@ struct nbd_connection *nbd_open(struct native_poll *poll, int32_t fd, uint64_t t
     connection->token = token;
     connection->limits = *limits;
     connection->fd = fd;
+    connection->style = style;
     if (connection->received == NULL ||
         poll_add(poll, &connection->handler, nbd_events_max(limits)) < 0) {
         free(connection->received);

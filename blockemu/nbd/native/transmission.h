@@ -29,6 +29,13 @@ enum nbd_event {
     NBD_RELEASED = 9,   /* after nbd_close: no request in flight any more; nbd_free may follow */
 };
 
+/* How requests and replies look: reply_style.py. */
+enum nbd_style {
+    NBD_STYLE_SIMPLE = 0,
+    NBD_STYLE_STRUCTURED = 1,
+    NBD_STYLE_EXTENDED = 2,
+};
+
 /* What a connection may cost: limits.py says why. */
 struct nbd_limits {
     uint32_t request_length_max;
@@ -64,7 +71,8 @@ struct nbd_statistics {
 struct nbd_fault {
     uint64_t offset;
     uint64_t address; /* of the payload, or of the memory for what is read; 0: there is none */
-    uint32_t length;
+    uint64_t length;
+    uint64_t cookie;  /* its eight bytes, as they lie in memory */
     uint16_t command;
     uint16_t flags;
     uint32_t retry;   /* 1: host I/O went wrong here; ask the graph at once */
@@ -72,12 +80,19 @@ struct nbd_fault {
     uint32_t error;   /* errno of a flush that failed: a second one might succeed though data is lost */
 };
 
+/* A part of a reply. */
+struct nbd_part {
+    uint64_t address;
+    uint64_t bytes;
+};
+
 struct nbd_request;
 
 /* Takes part in `poll` with `fd`, which is connected, non-blocking, and stays Python's to close.
  * Nothing is read before nbd_resume. NULL when there is no memory, or epoll takes no more. */
 struct nbd_connection *nbd_open(struct native_poll *poll, int32_t fd, uint64_t token,
-                                const struct nbd_limits *limits, struct nbd_statistics *statistics);
+                                const struct nbd_limits *limits, struct nbd_statistics *statistics,
+                                int32_t style);
 
 /* By which map requests are served from now on; NULL for none: then all are faults. `writable` 0:
  * writes are faults, too. */
@@ -92,8 +107,12 @@ void nbd_resume(struct nbd_connection *connection);
 /* Looks at a fault: fills *fault. */
 void nbd_describe(const struct nbd_request *request, struct nbd_fault *fault);
 
-/* Answers a fault with the protocol's error number, 0 for success: a READ's memory is sent along. */
-void nbd_finish(struct nbd_request *request, uint32_t error);
+/* Answers a fault: all went well. A READ's memory is sent along. */
+void nbd_finish(struct nbd_request *request);
+
+/* Answers a fault with these parts, at least one, none empty. Those within the request's memory are
+ * sent from there, the others are copied now. 0, or -ENOMEM: the fault is as it was. */
+int nbd_answer(struct nbd_request *request, const struct nbd_part *parts, uint32_t count);
 
 /* Reads no more; NBD_ANSWERED follows when everything that is owed has been sent. */
 void nbd_stop(struct nbd_connection *connection);

@@ -11,19 +11,27 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blockemu.drivers.nbd.protocol import (
     CLIENT_FLAGS,
     GREETING,
     IHAVEOPT,
+    NBD_EXTENDED_REPLY_MAGIC,
+    NBD_EXTENDED_REQUEST_MAGIC,
     NBD_REP_MAGIC,
     NBD_REQUEST_MAGIC,
     NBD_SIMPLE_REPLY_MAGIC,
+    NBD_STRUCTURED_REPLY_MAGIC,
     NBDMAGIC,
     OPTION,
     OPTION_REPLY,
     SIMPLE_REPLY,
+    ChunkType,
+    Command,
+    CommandFlag,
+    NbdError,
 )
 
 if TYPE_CHECKING:
@@ -31,20 +39,62 @@ if TYPE_CHECKING:
 
 IDLE_ROUNDS_MAX = 50
 
+DATA_HEAD_BYTES = {"simple": 16, "structured": 28, "extended": 40}
+"""What stands before the data of a READ that is answered whole."""
+
 
 def header(
-    command: int, *, flags: int = 0, cookie: int = 0, offset: int = 0, length: int = 0
+    command: int,
+    *,
+    flags: int = 0,
+    cookie: int = 0,
+    offset: int = 0,
+    length: int = 0,
+    style: str = "simple",
 ) -> bytes:
-    """A request's header."""
-    return struct.pack(">IHHQQI", NBD_REQUEST_MAGIC, flags, command, cookie, offset, length)
+    """A request's header. In the extended style WRITEs get PAYLOAD_LEN."""
+    if style != "extended":
+        return struct.pack(">IHHQQI", NBD_REQUEST_MAGIC, flags, command, cookie, offset, length)
+    if command == Command.NBD_CMD_WRITE:
+        flags |= CommandFlag.NBD_CMD_FLAG_PAYLOAD_LEN
+    magic = NBD_EXTENDED_REQUEST_MAGIC
+    return struct.pack(">IHHQQQ", magic, flags, command, cookie, offset, length)
+
+
+@dataclass
+class Chunk:
+    """A chunk of a reply. `offset` is what an extended one repeats of the request."""
+
+    cookie: int
+    kind: int
+    done: bool
+    payload: bytes
+    offset: int | None = None
+
+    @property
+    def error(self) -> tuple[int, str, int | None]:
+        """Of an error chunk: the value, the text, the offset."""
+        assert self.kind & 1 << 15
+        value, length = struct.unpack_from(">IH", self.payload)
+        text, rest = self.payload[6 : 6 + length], self.payload[6 + length :]
+        assert len(text) == length
+        assert value in list(NbdError)[1:]
+        if self.kind == ChunkType.NBD_REPLY_TYPE_ERROR:
+            assert not rest
+            return value, text.decode(), None
+        assert self.kind == ChunkType.NBD_REPLY_TYPE_ERROR_OFFSET
+        return value, text.decode(), int.from_bytes(rest, "big")
 
 
 class Client:
     """One end of a socket pair; the server has the other."""
 
-    def __init__(self, sock: socket.socket, *contexts: AioContext) -> None:
+    def __init__(self, sock: socket.socket, *contexts: AioContext, style: str = "simple") -> None:
         sock.setblocking(False)
         self.sock = sock
+        self.style = style
+        self.text = ""
+        """What the last error said, in a style that says it."""
         self._contexts = contexts
 
     def rounds(self, count: int = 10) -> None:
@@ -176,13 +226,69 @@ class Client:
     ) -> None:
         """Send a request. A payload gives the length."""
         length = length or len(payload)
-        self.send(
-            header(command, flags=flags, cookie=cookie, offset=offset, length=length) + payload
-        )
+        asked = self.header(command, flags=flags, cookie=cookie, offset=offset, length=length)
+        self.send(asked + payload)
+
+    def header(self, command: int, **fields: int) -> bytes:
+        """A request's header in this client's style."""
+        return header(command, style=self.style, **fields)  # type: ignore[arg-type]
 
     def reply(self, length: int = 0) -> tuple[int, int, bytes]:
         """Receive a reply: cookie, error, and `length` bytes if the error is 0."""
-        magic, error, cookie = SIMPLE_REPLY.unpack(self.receive(SIMPLE_REPLY.size))
-        assert magic == NBD_SIMPLE_REPLY_MAGIC
-        data = self.receive(length) if length and not error else b""
-        return int.from_bytes(cookie, "big"), error, data
+        magic = self.receive(4)
+        if int.from_bytes(magic, "big") == NBD_SIMPLE_REPLY_MAGIC:
+            assert self.style == "simple" or (self.style == "structured" and not length)
+            _, error, cookie = SIMPLE_REPLY.unpack(magic + self.receive(SIMPLE_REPLY.size - 4))
+            data = self.receive(length) if length and not error else b""
+            return int.from_bytes(cookie, "big"), error, data
+        chunk = self._chunk(magic)
+        if not chunk.kind & 1 << 15 and not length:
+            assert chunk.kind == ChunkType.NBD_REPLY_TYPE_NONE
+            assert chunk.done
+            return chunk.cookie, 0, b""
+        return self._whole(chunk, length)
+
+    def chunk(self) -> Chunk:
+        """Receive one chunk."""
+        return self._chunk(self.receive(4))
+
+    def _chunk(self, magic: bytes) -> Chunk:
+        if self.style == "structured":
+            assert int.from_bytes(magic, "big") == NBD_STRUCTURED_REPLY_MAGIC
+            flags, kind, cookie, length = struct.unpack(">HHQI", self.receive(16))
+            offset = None
+        else:
+            assert self.style == "extended"
+            assert int.from_bytes(magic, "big") == NBD_EXTENDED_REPLY_MAGIC
+            flags, kind, cookie, offset, length = struct.unpack(">HHQQQ", self.receive(28))
+        assert flags in (0, 1)
+        return Chunk(cookie, kind, bool(flags), self.receive(length), offset)
+
+    def _whole(self, chunk: Chunk, length: int) -> tuple[int, int, bytes]:
+        """The reply that begins with `chunk`: a READ's data, put together, or an error."""
+        data, there, first, error = bytearray(length), 0, chunk.offset, 0
+        base: int | None = None
+        while True:
+            assert chunk.offset == first
+            if chunk.kind & 1 << 15:
+                error, self.text, _ = chunk.error
+            elif chunk.kind != ChunkType.NBD_REPLY_TYPE_NONE:
+                at = int.from_bytes(chunk.payload[:8], "big")
+                base = at if base is None else base
+                if chunk.kind == ChunkType.NBD_REPLY_TYPE_OFFSET_DATA:
+                    piece = chunk.payload[8:]
+                else:
+                    assert chunk.kind == ChunkType.NBD_REPLY_TYPE_OFFSET_HOLE
+                    piece = bytes(int.from_bytes(chunk.payload[8:], "big"))
+                assert piece
+                assert at - base == there, "chunks out of order"
+                data[there : there + len(piece)] = piece
+                there += len(piece)
+            if chunk.done:
+                break
+            chunk = self.chunk()
+        if error:
+            return chunk.cookie, error, b""
+        assert there == len(data) == length
+        assert first is None or first == base
+        return chunk.cookie, 0, bytes(data)

@@ -3,6 +3,8 @@
 
 Each test runs twice: once with connections whose data Python moves, and once with native ones; so
 that both answer the same. What only one of them can show is marked `kind_only("python", reason)`.
+Tests of the transmission phase run in each style of replies on top of that; what the style is no
+matter for, or what only one has, is marked `style_only("simple", ...)`.
 The fake backends' file is no native one, so a native connection reaches it by way of faults;
 test_native_connection.py has real files.
 """
@@ -22,6 +24,7 @@ from blockemu.limits import Limits
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.clock import VirtualClock
 from blockemu.nbd.connection import BaseConnection
+from blockemu.nbd.reply_style import STYLES
 from blockemu.nbd.server import NbdServer, make_connection
 from blockemu.nbd.session import Session
 from blockemu.nbd.transmission import Connection
@@ -32,16 +35,21 @@ DISK_BYTES = 2 << 20
 
 
 KINDS = ("python", "native")
+STYLE_NAMES = tuple(style.name for style in STYLES)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kind_only(kind, reason): only for connections of this kind")
+    config.addinivalue_line("markers", "style_only(style, ...): only in these styles of replies")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "kind" in metafunc.fixturenames:
         only = metafunc.definition.get_closest_marker("kind_only")
         metafunc.parametrize("kind", only.args[:1] if only is not None else KINDS)
+    if "style" in metafunc.fixturenames:
+        only = metafunc.definition.get_closest_marker("style_only")
+        metafunc.parametrize("style", only.args if only is not None else STYLE_NAMES)
 
 
 @pytest.fixture
@@ -92,7 +100,7 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
 
 
 @pytest.fixture
-def serve(ctx: AioContext) -> Iterator[Serve]:
+def serve(ctx: AioContext, style: str) -> Iterator[Serve]:
     """Start a connection on a fake backend; at the end all must go without a trace."""
     made: list[Served] = []
 
@@ -111,10 +119,11 @@ def serve(ctx: AioContext) -> Iterator[Serve]:
         backend = backend or FakeBackend(ctx, length_bytes, mapped=mapped)
         export = export or Export("disk", backend.as_backend, read_only=read_only)
         closed: list[bool] = []
+        session = Session(export, STYLES[STYLE_NAMES.index(style)])
         connection = make_connection(
-            ours, Session(export), limits=limits or Limits(), on_closed=lambda: closed.append(True)
+            ours, session, limits=limits or Limits(), on_closed=lambda: closed.append(True)
         )
-        served = Served(connection, Client(theirs, ctx), backend, export, closed)
+        served = Served(connection, Client(theirs, ctx, style=style), backend, export, closed)
         ctx.schedule_oneshot(connection.start)
         served.client.rounds(2)
         made.append(served)

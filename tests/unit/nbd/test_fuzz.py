@@ -16,11 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blockemu.drivers.nbd.protocol import (
+    EXTENDED_REPLY,
     IHAVEOPT,
+    NBD_EXTENDED_REPLY_MAGIC,
+    NBD_EXTENDED_REQUEST_MAGIC,
     NBD_REQUEST_MAGIC,
     NBD_SIMPLE_REPLY_MAGIC,
+    NBD_STRUCTURED_REPLY_MAGIC,
     OPTION,
     SIMPLE_REPLY,
+    STRUCTURED_REPLY,
 )
 from blockemu.limits import Limits
 from tests.unit.nbd.conftest import DISK_BYTES, Serve, StartServer
@@ -60,7 +65,7 @@ def pieces(stream: bytes, sizes: list[int]) -> list[bytes]:
 @st.composite
 def options(draw: st.DrawFn) -> bytes:
     """One option: sensible, or a little off, or not at all."""
-    option = draw(st.sampled_from([1, 2, 3, 5, 6, 7, 8, 9, 10, 99]) | st.integers(0, 2**32 - 1))
+    option = draw(st.sampled_from([1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 99]) | st.integers(0, 2**32 - 1))
     name = draw(st.sampled_from([b"disk", b"", b"none", b"\xff", b"x" * 5000]))
     items = draw(st.lists(st.integers(0, 65535), max_size=4))
     count = draw(st.just(len(items)) | st.integers(0, 65535))
@@ -77,20 +82,28 @@ def options(draw: st.DrawFn) -> bytes:
 
 
 @st.composite
-def requests(draw: st.DrawFn) -> bytes:
+def requests(draw: st.DrawFn, style: str) -> bytes:
     """One request: sensible, or a little off, or not at all."""
+    extended = style == "extended"
     command = draw(st.sampled_from([0, 0, 0, 1, 1, 1, 3, 4, 6, 2, 5, 7, 99, 65535]))
-    flags = draw(st.sampled_from([0] * 6 + [1, 2, 3, 4, 16, 65535]))
+    flags = draw(st.sampled_from([0] * 6 + [1, 2, 3, 4, 16, 32, 65535]))
+    if extended and command == 1:
+        flags ^= 32 * draw(st.sampled_from([1] * 10 + [0]))
     offset = draw(
         st.integers(0, DISK_BYTES) | st.sampled_from([DISK_BYTES - 1, DISK_BYTES, 2**63, 2**64 - 1])
     )
+    longest = 2**64 - 1 if extended else 2**32 - 1
     length = draw(
-        st.sampled_from([0, 1, 512, 4096, 65536, 65537, 256 * KIB, 256 * KIB + 1, 2**32 - 1])
+        st.sampled_from([0, 1, 512, 4096, 65536, 65537, 256 * KIB, 256 * KIB + 1, longest])
         | st.integers(0, 300 * KIB)
     )
-    magic = draw(st.sampled_from([NBD_REQUEST_MAGIC] * 20 + [0]))
-    payload = bytes(length) if command == 1 and length <= 400 * KIB else b""
-    return struct.pack(">IHHQQI", magic, flags, command, length, offset, length) + payload
+    right = NBD_EXTENDED_REQUEST_MAGIC if extended else NBD_REQUEST_MAGIC
+    magic = draw(st.sampled_from([right] * 20 + [0]))
+    has_payload = flags & 32 if extended else command == 1
+    payload = bytes(length) if has_payload and length <= 400 * KIB else b""
+    cookie = min(length, 2**32)
+    layout = ">IHHQQQ" if extended else ">IHHQQI"
+    return struct.pack(layout, magic, flags, command, cookie, offset, length) + payload
 
 
 @bounded
@@ -117,7 +130,7 @@ def test_any_negotiation_is_answered_or_ended(
 
 @bounded
 @given(
-    stream=st.lists(requests(), max_size=10).map(b"".join) | st.binary(max_size=100),
+    data=st.data(),
     sizes=cuts,
     mapped=st.booleans(),
     inline=st.booleans(),
@@ -126,7 +139,8 @@ def test_any_negotiation_is_answered_or_ended(
 )
 def test_any_requests_are_answered_or_the_connection_ended(
     serve: Serve,
-    stream: bytes,
+    style: str,
+    data: st.DataObject,
     sizes: list[int],
     mapped: bool,
     inline: bool,
@@ -138,6 +152,9 @@ def test_any_requests_are_answered_or_the_connection_ended(
     file.behaviour, backend.held = behaviour, held
     file.writes_inline = inline and behaviour != "pending"  # or it would break its promise
     said = b""
+    stream = data.draw(
+        st.lists(requests(style), max_size=10).map(b"".join) | st.binary(max_size=100)
+    )
     try:
         for piece in pieces(stream, sizes):
             served.client.send_some(piece)
@@ -163,7 +180,10 @@ def test_any_requests_are_answered_or_the_connection_ended(
     assert not backend.waiting
     assert not file.pending
     assert served.closed == [True], "neither answered nor ended"
-    check_replies(said)
+    if style == "simple":
+        check_replies(said)
+    else:
+        check_chunks(said, style)
 
 
 def check_replies(said: bytes) -> None:
@@ -177,3 +197,29 @@ def check_replies(said: bytes) -> None:
         if not error and length and said[:4] != b"\x67\x44\x66\x98" and said:
             assert not any(said[:length])
             said = said[length:]
+
+
+def check_chunks(said: bytes, style: str) -> None:
+    """The same for replies of chunks, which say how long they are; each has its end."""
+    unfinished = set()
+    while said:
+        magic, *_, length = struct.unpack_from(">IIQI", said + bytes(20))
+        if style == "structured" and magic == NBD_SIMPLE_REPLY_MAGIC:
+            said = said[SIMPLE_REPLY.size :]
+            continue
+        layout = STRUCTURED_REPLY if style == "structured" else EXTENDED_REPLY
+        magic, flags, kind, cookie, *_, length = layout.unpack_from(said)
+        right = NBD_STRUCTURED_REPLY_MAGIC if style == "structured" else NBD_EXTENDED_REPLY_MAGIC
+        assert magic == right
+        assert kind in (0, 1, 2, 32769, 32770)
+        payload = said[layout.size : layout.size + length]
+        assert len(payload) == length
+        if kind == 1:
+            assert not any(payload[8:])
+            assert len(payload) > 8
+        said = said[layout.size + length :]
+        if flags:
+            unfinished.discard(cookie)
+        else:
+            unfinished.add(cookie)
+    assert not unfinished

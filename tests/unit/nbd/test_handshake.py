@@ -25,6 +25,8 @@ from tests.unit.nbd.client import Client
 from tests.unit.nbd.conftest import DISK_BYTES, StartServer
 
 GO = Option.NBD_OPT_GO
+STRUCTURED_REPLY = Option.NBD_OPT_STRUCTURED_REPLY
+EXTENDED_HEADERS = Option.NBD_OPT_EXTENDED_HEADERS
 INFO = Option.NBD_OPT_INFO
 LIST = Option.NBD_OPT_LIST
 EXPORT_NAME = Option.NBD_OPT_EXPORT_NAME
@@ -36,6 +38,8 @@ WRITABLE = (
     | TransmissionFlag.NBD_FLAG_SEND_FUA
     | TransmissionFlag.NBD_FLAG_SEND_TRIM
     | TransmissionFlag.NBD_FLAG_SEND_WRITE_ZEROES
+    | TransmissionFlag.NBD_FLAG_SEND_FAST_ZERO
+    | TransmissionFlag.NBD_FLAG_SEND_CACHE
     | TransmissionFlag.NBD_FLAG_CAN_MULTI_CONN
 )
 READ_ONLY = (
@@ -43,6 +47,7 @@ READ_ONLY = (
     | TransmissionFlag.NBD_FLAG_READ_ONLY
     | TransmissionFlag.NBD_FLAG_SEND_FLUSH
     | TransmissionFlag.NBD_FLAG_SEND_FUA
+    | TransmissionFlag.NBD_FLAG_SEND_CACHE
     | TransmissionFlag.NBD_FLAG_CAN_MULTI_CONN
 )
 
@@ -214,7 +219,7 @@ def test_abort_is_acknowledged(client: Client, data: bytes) -> None:
     assert client.hung_up()
 
 
-@pytest.mark.parametrize("option", [0, 4, 5, 8, 9, 10, 11, 12, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("option", [0, 4, 5, 12, 2**31, 2**32 - 1])
 @pytest.mark.parametrize("data", [b"", b"x" * 1000])
 def test_unknown_option_is_unsupported(client: Client, option: int, data: bytes) -> None:
     client.option(option, data)
@@ -332,3 +337,79 @@ def test_requests_sent_before_the_answer_are_not_lost(start_server: StartServer)
     client.request(Command.NBD_CMD_READ, cookie=1, length=8)
     collect(client, GO)
     assert client.reply(8) == (1, 0, bytes(8))
+
+
+# --- structured replies and extended headers ---
+
+
+def read_one(client: Client, style: str) -> tuple[int, int, bytes]:
+    """Choose the export and read from it in `style`."""
+    client.option(GO, info_data(b"disk"))
+    kind, info = client.option_reply(GO)
+    assert kind == Reply.NBD_REP_INFO
+    flags = struct.unpack(">HQH", info)[2]
+    assert bool(flags & TransmissionFlag.NBD_FLAG_SEND_DF) is (style != "simple")
+    assert client.option_reply(GO)[0] == Reply.NBD_REP_ACK
+    client.style = style
+    client.request(Command.NBD_CMD_READ, cookie=9, length=16)
+    return client.reply(16)
+
+
+@pytest.mark.parametrize(
+    ("options", "agreed"),
+    [
+        ([STRUCTURED_REPLY], "structured"),
+        ([EXTENDED_HEADERS], "extended"),
+        ([STRUCTURED_REPLY, EXTENDED_HEADERS], "extended"),
+    ],
+)
+def test_the_style_asked_for_is_spoken(client: Client, options: list[int], agreed: str) -> None:
+    for option in options:
+        client.option(option)
+        assert client.option_reply(option) == (Reply.NBD_REP_ACK, b"")
+    assert read_one(client, agreed) == (9, 0, bytes(16))
+
+
+@pytest.mark.parametrize("option", [STRUCTURED_REPLY, EXTENDED_HEADERS])
+def test_style_with_data_is_invalid_and_changes_nothing(client: Client, option: int) -> None:
+    client.option(option, b"x")
+    assert client.option_reply(option)[0] == Reply.NBD_REP_ERR_INVALID
+    assert read_one(client, "simple") == (9, 0, bytes(16))
+
+
+@pytest.mark.parametrize(
+    ("option", "agreed"), [(STRUCTURED_REPLY, "structured"), (EXTENDED_HEADERS, "extended")]
+)
+def test_style_asked_for_twice_is_invalid_and_stays(
+    client: Client, option: int, agreed: str
+) -> None:
+    client.option(option)
+    assert client.option_reply(option)[0] == Reply.NBD_REP_ACK
+    client.option(option)
+    assert client.option_reply(option)[0] == Reply.NBD_REP_ERR_INVALID
+    assert read_one(client, agreed) == (9, 0, bytes(16))
+
+
+def test_extended_headers_take_precedence_over_structured_replies(client: Client) -> None:
+    client.option(EXTENDED_HEADERS)
+    assert client.option_reply(EXTENDED_HEADERS)[0] == Reply.NBD_REP_ACK
+    client.option(STRUCTURED_REPLY)
+    assert client.option_reply(STRUCTURED_REPLY)[0] == Reply.NBD_REP_ERR_EXT_HEADER_REQD
+    client.option(STRUCTURED_REPLY, b"x")
+    assert client.option_reply(STRUCTURED_REPLY)[0] == Reply.NBD_REP_ERR_INVALID
+    assert read_one(client, "extended") == (9, 0, bytes(16))
+
+
+def test_export_name_after_extended_headers_ends_the_connection(client: Client) -> None:
+    client.option(EXTENDED_HEADERS)
+    assert client.option_reply(EXTENDED_HEADERS)[0] == Reply.NBD_REP_ACK
+    client.option(EXPORT_NAME, b"disk")
+    assert client.hung_up()
+
+
+def test_export_name_after_structured_replies_offers_df(client: Client) -> None:
+    client.option(STRUCTURED_REPLY)
+    assert client.option_reply(STRUCTURED_REPLY)[0] == Reply.NBD_REP_ACK
+    client.option(EXPORT_NAME, b"disk")
+    _, flags = EXPORT_NAME_REPLY.unpack(client.receive(EXPORT_NAME_REPLY.size))
+    assert flags & TransmissionFlag.NBD_FLAG_SEND_DF

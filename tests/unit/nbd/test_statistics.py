@@ -13,7 +13,6 @@ from blockemu.nbd.statistics import (
     OperationSnapshot,
     quantile_ns,
 )
-from tests.unit.nbd.client import header
 from tests.unit.nbd.conftest import DISK_BYTES, Serve, Served
 
 READ = Command.NBD_CMD_READ
@@ -79,10 +78,12 @@ def test_each_operation_counts_its_own(serve: Serve, mapped: bool) -> None:
 
 def test_a_batch_counts_each_request(serve: Serve) -> None:
     served = serve(mapped=True)
-    read = header(READ, length=512)
-    write = header(WRITE, length=64) + bytes(64)
-    served.client.send((read + write) * 10)
-    served.client.receive(20 * 16 + 10 * 512)
+    client = served.client
+    read = client.header(READ, length=512)
+    write = client.header(WRITE, length=64) + bytes(64)
+    client.send((read + write) * 10)
+    for length in (512, 0) * 10:
+        client.reply(length)
     assert counted(served, "read") == (10, 5120, 0)
     assert counted(served, "write") == (10, 640, 0)
 

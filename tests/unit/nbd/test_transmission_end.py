@@ -11,7 +11,6 @@ from blockemu.drivers.nbd.protocol import Command
 from blockemu.limits import Limits
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.clock import VirtualClock
-from tests.unit.nbd.client import header
 from tests.unit.nbd.conftest import Serve
 
 READ = Command.NBD_CMD_READ
@@ -48,14 +47,17 @@ def test_disc_waits_for_what_is_in_flight(serve: Serve, mapped: bool) -> None:
 
 def test_disc_behind_a_batch_answers_the_batch(serve: Serve) -> None:
     served = serve(mapped=True)
-    served.client.send(b"".join(header(READ, cookie=i, length=8) for i in range(10)) + header(DISC))
+    served.client.send(
+        b"".join(served.client.header(READ, cookie=i, length=8) for i in range(10))
+        + served.client.header(DISC)
+    )
     assert [served.client.reply(8)[0] for _ in range(10)] == list(range(10))
     assert served.client.hung_up()
 
 
 def test_nothing_after_disc_is_heard(serve: Serve) -> None:
     served = serve()
-    served.client.send(header(DISC) + header(WRITE, length=4) + b"abcd")
+    served.client.send(served.client.header(DISC) + served.client.header(WRITE, length=4) + b"abcd")
     assert served.client.hung_up()
     assert not any(served.backend.disk[:4])
 
@@ -64,7 +66,7 @@ def test_a_closed_connection_holds_no_memory(serve: Serve) -> None:
     """It is part of circles, which the garbage collector finds late: half a MiB of each client that
     had come and gone was kept, and a daemon with short visits grew to 300 MiB."""
     served = serve()
-    served.client.send(header(READ, length=8)[:20])
+    served.client.send(served.client.header(READ, length=8)[:20])
     served.client.rounds()
     if served.inside is None:
         pytest.skip("C frees its memory with the connection")
@@ -102,7 +104,7 @@ def test_a_client_lost_in_mid_payload_writes_nothing(
     serve: Serve, length: int, arrived: int
 ) -> None:
     served = serve(mapped=True)
-    served.client.send(header(WRITE, length=length) + b"x" * arrived)
+    served.client.send(served.client.header(WRITE, length=length) + b"x" * arrived)
     served.client.sock.close()
     served.until_closed()
     assert not any(served.backend.disk)
@@ -112,14 +114,14 @@ def test_a_client_lost_in_mid_payload_writes_nothing(
 
 def test_a_client_lost_in_mid_header_is_forgotten(serve: Serve) -> None:
     served = serve()
-    served.client.send(header(READ, length=8)[:13])
+    served.client.send(served.client.header(READ, length=8)[:13])
     served.client.sock.close()
     served.until_closed()
 
 
 def test_a_client_that_only_shuts_its_writing_half_gets_its_replies(serve: Serve) -> None:
     served = serve()
-    served.client.send(header(READ, cookie=7, length=8))
+    served.client.send(served.client.header(READ, cookie=7, length=8))
     served.client.sock.shutdown(socket.SHUT_WR)
     assert served.client.reply(8) == (7, 0, bytes(8))
     assert served.client.hung_up()
@@ -127,7 +129,7 @@ def test_a_client_that_only_shuts_its_writing_half_gets_its_replies(serve: Serve
 
 def test_a_client_lost_with_replies_unsent_is_dropped(serve: Serve) -> None:
     served = serve(mapped=True)
-    served.client.send(b"".join(header(READ, length=MIB) for _ in range(10)))
+    served.client.send(b"".join(served.client.header(READ, length=MIB) for _ in range(10)))
     served.client.rounds()
     if served.inside is not None:
         assert served.inside.stopped
@@ -167,10 +169,12 @@ def test_close_loses_no_reply_of_a_client_that_goes_on_sending(serve: Serve) -> 
     replies that the client had yet to take were gone."""
     served = serve(mapped=True, tcp=True)
     count = 3
-    served.client.send(b"".join(header(READ, cookie=i, length=MIB) for i in range(count)))
+    served.client.send(
+        b"".join(served.client.header(READ, cookie=i, length=MIB) for i in range(count))
+    )
     served.client.rounds()
     served.connection.close()
-    assert served.client.send_some(header(WRITE, length=MIB) + bytes(MIB)) > 0
+    assert served.client.send_some(served.client.header(WRITE, length=MIB) + bytes(MIB)) > 0
     assert [served.client.reply(MIB)[0] for _ in range(count)] == list(range(count))
     assert served.client.sock.recv(1) == b""
     assert not any(served.backend.disk)
@@ -212,7 +216,7 @@ def test_close_hears_out_a_client_that_never_stops_no_longer_than_it_said(
 def test_close_of_a_unix_socket_with_unread_input_hangs_up_first(serve: Serve) -> None:
     """The client saw ECONNRESET where it should see the end of the stream."""
     served = serve()
-    assert served.client.send_some(header(READ, length=8)) > 0
+    assert served.client.send_some(served.client.header(READ, length=8)) > 0
     served.connection.close()
     served.client.rounds()
     assert served.client.sock.recv(1) == b""
@@ -222,7 +226,7 @@ def test_close_waits_no_longer_than_it_said_for_a_stalled_client(
     serve: Serve, clock: VirtualClock
 ) -> None:
     served = serve(mapped=True)
-    served.client.send(b"".join(header(READ, length=MIB) for _ in range(10)))
+    served.client.send(b"".join(served.client.header(READ, length=MIB) for _ in range(10)))
     served.client.rounds()
     served.connection.close()
     clock.advance_ns(Limits().close_linger_ns - 1)
@@ -235,7 +239,7 @@ def test_close_waits_no_longer_than_it_said_for_a_stalled_client(
 
 def test_close_in_mid_payload_drops_the_payload(serve: Serve) -> None:
     served = serve()
-    served.client.send(header(WRITE, length=MIB) + b"x" * 1000)
+    served.client.send(served.client.header(WRITE, length=MIB) + b"x" * 1000)
     served.connection.close()
     served.until_closed()
     assert not any(served.backend.disk)
@@ -244,7 +248,7 @@ def test_close_in_mid_payload_drops_the_payload(serve: Serve) -> None:
 def test_an_ended_connection_leaves_its_neighbour_alone(serve: Serve, ctx: AioContext) -> None:
     first = serve()
     second = serve(export=first.export, backend=first.backend)
-    first.client.send(bytes(28))
+    first.client.send(bytes(32))
     assert first.client.hung_up()
     assert first.export.connections == {second.connection}
     second.client.request(READ, cookie=3, length=8)

@@ -8,11 +8,11 @@ import socket
 
 import pytest
 
-from blockemu.drivers.nbd.protocol import SIMPLE_REPLY, Command
+from blockemu.drivers.nbd.protocol import Command
 from blockemu.limits import Limits
 from blockemu.loop.aio_context import AioContext
 from blockemu.loop.socket_options import tune
-from tests.unit.nbd.client import header
+from tests.unit.nbd.client import DATA_HEAD_BYTES, Client
 from tests.unit.nbd.conftest import DISK_BYTES, Serve, Served
 
 READ = Command.NBD_CMD_READ
@@ -24,10 +24,11 @@ MIB = 1 << 20
 both_paths = pytest.mark.parametrize("mapped", [False, True], ids=["graph", "map"])
 
 
-def reads(count: int, length: int = 4096) -> bytes:
+def reads(client: Client, count: int, length: int = 4096) -> bytes:
     """The headers of so many reads, one after the other on the disk."""
     return b"".join(
-        header(READ, cookie=i, offset=i * length % DISK_BYTES, length=length) for i in range(count)
+        client.header(READ, cookie=i, offset=i * length % DISK_BYTES, length=length)
+        for i in range(count)
     )
 
 
@@ -40,7 +41,7 @@ def shrink(served: Served) -> None:
 def test_replies_leave_in_the_order_in_which_requests_end(serve: Serve) -> None:
     served = serve()
     served.backend.held = True
-    served.client.send(reads(3, 8))
+    served.client.send(reads(served.client, 3, 8))
     served.client.until(lambda: len(served.backend.waiting) == 3)
     for index, cookie in ((2, 2), (0, 0), (0, 1)):
         served.backend.end(index)
@@ -51,7 +52,7 @@ def test_host_io_of_the_fast_path_ends_in_any_order(serve: Serve) -> None:
     served = serve(mapped=True)
     served.backend.file.behaviour = "pending"
     served.backend.disk[8:16] = b"12345678"
-    served.client.send(reads(3, 8))
+    served.client.send(reads(served.client, 3, 8))
     served.client.until(lambda: len(served.backend.file.pending) == 3)
     for index, cookie, data in ((1, 1, b"12345678"), (1, 2, bytes(8)), (0, 0, bytes(8))):
         served.backend.file.complete(index)
@@ -61,7 +62,11 @@ def test_host_io_of_the_fast_path_ends_in_any_order(serve: Serve) -> None:
 @both_paths
 def test_requests_come_through_byte_by_byte(serve: Serve, mapped: bool) -> None:
     served = serve(mapped=mapped)
-    for byte in header(WRITE, cookie=5, length=6) + b"abcdef" + header(READ, length=6):
+    for byte in (
+        served.client.header(WRITE, cookie=5, length=6)
+        + b"abcdef"
+        + served.client.header(READ, length=6)
+    ):
         served.client.send(bytes([byte]))
     assert served.client.reply() == (5, 0, b"")
     assert served.client.reply(6) == (0, 0, b"abcdef")
@@ -74,7 +79,7 @@ def test_writes_survive_any_cut(serve: Serve, mapped: bool, length: int) -> None
     source = random.Random(length)
     content = source.randbytes(8 * length)
     stream = b"".join(
-        header(WRITE, cookie=i, offset=i * length, length=length)
+        served.client.header(WRITE, cookie=i, offset=i * length, length=length)
         + content[i * length : (i + 1) * length]
         for i in range(8)
     )
@@ -89,9 +94,9 @@ def test_writes_survive_any_cut(serve: Serve, mapped: bool, length: int) -> None
 @pytest.mark.kind_only("python", "a fault's reply leaves in the round after")
 def test_a_batch_is_begun_in_one_round_and_answered_in_one(serve: Serve) -> None:
     served = serve(mapped=True)
-    served.client.send_some(reads(20, 512))
+    served.client.send_some(reads(served.client, 20, 512))
     served.client.rounds(1)
-    assert len(served.client.sock.recv(MIB)) == 20 * (SIMPLE_REPLY.size + 512)
+    assert len(served.client.sock.recv(MIB)) == 20 * (DATA_HEAD_BYTES[served.client.style] + 512)
 
 
 @pytest.mark.kind_only("python", "looks into its queue of replies")
@@ -110,7 +115,7 @@ def test_big_replies_leave_before_the_end_of_the_round(
 
     monkeypatch.setattr(file, "start_read", spy)
     tune(served.connection._sock)
-    served.client.send(reads(3, 128 * KIB))
+    served.client.send(reads(served.client, 3, 128 * KIB))
     for _ in range(3):
         served.client.reply(128 * KIB)
     assert sends == [0, 0, 0]
@@ -124,7 +129,7 @@ def test_requests_in_flight_are_bounded(serve: Serve, mapped: bool) -> None:
     served = serve(mapped=mapped, limits=Limits(in_flight_requests_max=4))
     backend, file = served.backend, served.backend.file
     backend.held, file.behaviour = True, "pending"
-    served.client.send(reads(10, 512))
+    served.client.send(reads(served.client, 10, 512))
     served.client.rounds()
     assert len(backend.waiting) + len(file.pending) == 4
     for done in range(10):
@@ -143,7 +148,7 @@ def test_bytes_in_flight_are_bounded(serve: Serve, mapped: bool) -> None:
     served = serve(mapped=mapped, limits=limits)
     backend, file = served.backend, served.backend.file
     backend.held, file.behaviour = True, "pending"
-    served.client.send(reads(8, 100 * KIB))
+    served.client.send(reads(served.client, 8, 100 * KIB))
     served.client.rounds()
     for _ in range(8):
         assert len(backend.waiting) + len(file.pending) <= 2
@@ -158,7 +163,7 @@ def test_bytes_in_flight_are_bounded(serve: Serve, mapped: bool) -> None:
 def test_a_request_of_the_largest_size_is_served_alone(serve: Serve) -> None:
     limits = Limits(request_length_max=MIB, in_flight_bytes_max=MIB)
     served = serve(limits=limits)
-    served.client.send(reads(2, MIB))
+    served.client.send(reads(served.client, 2, MIB))
     assert served.client.reply(MIB)[:2] == (0, 0)
     assert served.client.reply(MIB)[:2] == (1, 0)
 
@@ -168,7 +173,7 @@ def test_a_client_that_floods_is_not_read(serve: Serve, mapped: bool) -> None:
     served = serve(mapped=mapped, limits=Limits(in_flight_requests_max=4))
     backend, file = served.backend, served.backend.file
     backend.held, file.behaviour, file.writes_inline = True, "pending", False
-    write = header(WRITE, length=4096) + bytes(4096)
+    write = served.client.header(WRITE, length=4096) + bytes(4096)
     for _ in range(20):
         served.client.send_some(write * 200)
         served.client.rounds()
@@ -184,7 +189,7 @@ def test_a_client_that_leaves_its_replies_unread_is_not_read(serve: Serve, mappe
     shrink(served)
     held = []
     for i in range(50):
-        served.client.send_some(reads(200, 64 * KIB))
+        served.client.send_some(reads(served.client, 200, 64 * KIB))
         served.client.rounds(2)
         assert served.inside is not None
         held.append(served.inside.replies.bytes_held)
@@ -203,7 +208,7 @@ def test_partial_sends_keep_everything_in_order(serve: Serve, mapped: bool) -> N
     served = serve(mapped=mapped)
     shrink(served)
     served.backend.disk[:] = random.Random(1).randbytes(DISK_BYTES)
-    served.client.send(reads(40, 33_000))
+    served.client.send(reads(served.client, 40, 33_000))
     for i in range(40):
         at = i * 33_000 % DISK_BYTES
         cookie, error, data = served.client.reply(33_000 if at + 33_000 <= DISK_BYTES else 0)
@@ -217,7 +222,7 @@ def test_partial_sends_keep_everything_in_order(serve: Serve, mapped: bool) -> N
 def test_more_replies_than_one_call_may_gather_all_leave(serve: Serve) -> None:
     served = serve(limits=Limits(in_flight_requests_max=3000))
     served.backend.held = True
-    served.client.send(reads(1500, 1))
+    served.client.send(reads(served.client, 1500, 1))
     served.client.until(lambda: len(served.backend.waiting) == 1500)
     served.backend.held = False
     while served.backend.waiting:
@@ -229,7 +234,7 @@ def test_more_replies_than_one_call_may_gather_all_leave(serve: Serve) -> None:
 def test_buffers_come_back(serve: Serve, ctx: AioContext) -> None:
     served = serve(mapped=True)
     shrink(served)
-    served.client.send(reads(16, 64 * KIB))
+    served.client.send(reads(served.client, 16, 64 * KIB))
     for _ in range(16):
         served.client.reply(64 * KIB)
     served.client.rounds()
@@ -245,7 +250,7 @@ def test_buffers_come_back(serve: Serve, ctx: AioContext) -> None:
 def test_work_in_a_round_is_bounded(serve: Serve) -> None:
     limits = Limits(round_requests_max=8)
     served = serve(mapped=True, limits=limits)
-    served.client.send_some(reads(100, 512))
+    served.client.send_some(reads(served.client, 100, 512))
     calls = served.backend.file.calls
     counts = []
     while len(calls) < 100:
@@ -262,10 +267,10 @@ def test_two_connections_share_a_context(serve: Serve) -> None:
     limits = Limits(round_requests_max=8)
     busy = serve(mapped=True, limits=limits)
     other = serve(mapped=True, limits=limits)
-    busy.client.send_some(reads(400, 512))
-    other.client.send_some(reads(1, 512))
+    busy.client.send_some(reads(busy.client, 400, 512))
+    other.client.send_some(reads(other.client, 1, 512))
     busy.client.rounds(2)
-    assert len(other.client.sock.recv(MIB)) == SIMPLE_REPLY.size + 512
+    assert len(other.client.sock.recv(MIB)) == DATA_HEAD_BYTES[other.client.style] + 512
     assert len(busy.backend.file.calls) < 30
 
 
@@ -273,7 +278,7 @@ def test_a_stalled_client_doesnt_hold_up_another(serve: Serve) -> None:
     stalled = serve(mapped=True)
     other = serve(mapped=True, export=stalled.export, backend=stalled.backend)
     shrink(stalled)
-    stalled.client.send_some(reads(100, 64 * KIB))
+    stalled.client.send_some(reads(stalled.client, 100, 64 * KIB))
     stalled.client.rounds()
     if stalled.inside is not None:
         assert stalled.inside.stopped
@@ -288,7 +293,7 @@ def test_a_stalled_client_doesnt_hold_up_another(serve: Serve) -> None:
 def test_a_drained_section_silences_the_socket(serve: Serve, ctx: AioContext) -> None:
     served = serve(mapped=True)
     ctx.disable_external()
-    served.client.send_some(reads(1, 8))
+    served.client.send_some(reads(served.client, 1, 8))
     assert served.client.silent()
     assert not served.backend.file.calls
     ctx.enable_external()
@@ -298,7 +303,7 @@ def test_a_drained_section_silences_the_socket(serve: Serve, ctx: AioContext) ->
 def test_a_drained_section_holds_back_parsed_requests(serve: Serve) -> None:
     served = serve(limits=Limits(in_flight_requests_max=1))
     served.backend.held = True
-    served.client.send(reads(3, 8))
+    served.client.send(reads(served.client, 3, 8))
     served.client.rounds()
     served.backend.drained_begin()
     served.backend.end()
