@@ -5,21 +5,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.e2e.images import assert_sound
 from tests.guest.files import run_program
 from tests.peers.qemu import QemuImg
 
 
-def assert_sound_image(image: Path, *, fmt: str, killed: bool = False) -> None:
-    """qemu-img finds nothing wrong, nor anything lost unless the daemon was `killed`."""
-    if fmt == "qcow2":
-        found = QemuImg.check(image)
-        assert (found.corruptions, found.errors) == (0, 0), found.text
-        assert found.leaks == 0 or killed, found.text
-
-
-def assert_sound(image: Path, *, fmt: str, folder: Path, killed: bool = False) -> None:
-    """So does e2fsck: a file system that was unmounted. `folder` is for a copy of it."""
-    assert_sound_image(image, fmt=fmt, killed=killed)
+def assert_sound_inside(
+    image: Path, *, fmt: str, folder: Path, leaks_allowed: bool = False
+) -> None:
+    """So is the file system on it, which was unmounted. `folder` is for a copy."""
+    assert_sound(image, fmt, leaks_allowed=leaks_allowed)
     disk = folder / "file-system"
     QemuImg.convert(image, disk, source_fmt=fmt, target_fmt="raw")
     run_program("e2fsck", "-fn", str(disk))

@@ -14,7 +14,7 @@ import pytest
 
 from tests.guest.conftest import Boot
 from tests.guest.files import make_root_disk
-from tests.guest.images import assert_sound
+from tests.guest.images import assert_sound_inside
 from tests.peers.blockemu import BlockemuDaemon
 from tests.peers.qemu import QemuImg
 from tests.peers.requirement import require_peer
@@ -89,4 +89,4 @@ def test_machine_boots_from_an_export_and_finds_what_it_wrote(
                 fstrim /
             """)
             guest.power_off()
-    assert_sound(image, fmt=fmt, folder=tmp_path)
+    assert_sound_inside(image, fmt=fmt, folder=tmp_path)
