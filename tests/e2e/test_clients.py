@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real clients against a served image, in both formats: what they read is what was written.
+"""Real clients and each way of host I/O, in both formats: what they read is what was written.
 
+Which clients there are, and by which doors they come, is in test_client_matrix.py.
 Each test starts a daemon of its own. After it has stopped, the image file itself is looked at
 with qemu-img, without blockemu in between.
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Serve
+from tests.e2e.images import assert_sound, make_content
 from tests.peers.fio import Fio
 from tests.peers.libnbd import require_libnbd
 from tests.peers.nbd_tools import NbdCopy, NbdInfo
@@ -40,25 +42,6 @@ def qemu_tools() -> None:
     require_peer("qemu-io")
 
 
-def make_content(path: Path, *, seed: int = 7) -> Path:
-    """A raw file with data, zeroes and holes in runs of odd lengths."""
-    rng = random.Random(seed)
-    with path.open("wb") as file:
-        position = 0
-        while position < SIZE_BYTES:
-            length = min(rng.randrange(1, 3 * MIB), SIZE_BYTES - position)
-            kind = rng.choice(["data", "data", "zeroes", "hole"])
-            if kind == "data":
-                file.write(rng.randbytes(length))
-            elif kind == "zeroes":
-                file.write(bytes(length))
-            else:
-                file.seek(length, 1)
-            position += length
-        file.truncate(SIZE_BYTES)
-    return path
-
-
 def make_image(folder: Path, fmt: str, content: Path | None = None) -> Path:
     """An image, empty or with `content`."""
     image = folder / f"disk.{fmt}"
@@ -68,43 +51,12 @@ def make_image(folder: Path, fmt: str, content: Path | None = None) -> Path:
     return image
 
 
-def assert_sound(image: Path, fmt: str) -> None:
-    """qemu-img finds nothing wrong with a cleanly closed image."""
-    if fmt == "qcow2":
-        found = QemuImg.check(image)
-        assert (found.corruptions, found.leaks, found.errors) == (0, 0, 0), found.text
-
-
-@BOTH_FORMATS
-def test_qemu_img_info_of_an_export_tells_its_size(tmp_path: Path, serve: Serve, fmt: str) -> None:
-    with serve(make_image(tmp_path, fmt), fmt=fmt) as server:
-        assert QemuImg.info(server.uri)["virtual-size"] == SIZE_BYTES
-
-
-@BOTH_FORMATS
-def test_qemu_img_map_of_an_export_covers_all_of_it(tmp_path: Path, serve: Serve, fmt: str) -> None:
-    image = make_image(tmp_path, fmt, make_content(tmp_path / "content"))
-    with serve(image, fmt=fmt) as server:
-        extents = QemuImg.map(server.uri)
-    assert extents[0]["start"] == 0
-    assert sum(extent["length"] for extent in extents) == SIZE_BYTES
-
-
-@BOTH_FORMATS
-def test_qemu_img_compare_finds_an_export_equal_to_its_source(
-    tmp_path: Path, serve: Serve, fmt: str
-) -> None:
-    content = make_content(tmp_path / "content")
-    with serve(make_image(tmp_path, fmt, content), fmt=fmt) as server:
-        QemuImg.compare(server.uri, content)
-
-
 @ALL_HOST_IO
 @BOTH_FORMATS
 def test_qemu_img_convert_from_an_export_copies_it(
     direct_dir: Path, serve: Serve, fmt: str, cache: str, aio: str
 ) -> None:
-    content = make_content(direct_dir / "content")
+    content = make_content(direct_dir / "content", size_bytes=SIZE_BYTES)
     image = make_image(direct_dir, fmt, content)
     with serve(image, fmt=fmt, cache=cache, aio=aio) as server:
         target = direct_dir / "copy.qcow2"
@@ -117,7 +69,7 @@ def test_qemu_img_convert_from_an_export_copies_it(
 def test_qemu_img_convert_into_an_export_writes_it(
     direct_dir: Path, serve: Serve, fmt: str, cache: str, aio: str
 ) -> None:
-    content = make_content(direct_dir / "content")
+    content = make_content(direct_dir / "content", size_bytes=SIZE_BYTES)
     image = make_image(direct_dir, fmt)
     with serve(image, fmt=fmt, cache=cache, aio=aio) as server:
         QemuImg.convert(content, server.uri, source_fmt="raw", target_fmt="raw", existing=True)
@@ -205,26 +157,11 @@ def test_discard_gives_room_back_in_a_raw_file(tmp_path: Path, serve: Serve) -> 
 
 
 @BOTH_FORMATS
-def test_nbdinfo_describes_an_export(tmp_path: Path, serve: Serve, fmt: str) -> None:
-    require_peer("nbdinfo")
-    with serve(make_image(tmp_path, fmt), fmt=fmt) as server:
-        assert NbdInfo.size(server.uri) == SIZE_BYTES
-        found = NbdInfo.describe(server.uri)
-        assert NbdInfo.export_names(server.uri) == ["disk"]
-    assert found["export-size"] == SIZE_BYTES
-    assert not found["is_read_only"]
-    assert found["can_flush"]
-    assert found["can_fua"]
-    assert found["can_trim"]
-    assert found["can_zero"]
-
-
-@BOTH_FORMATS
 def test_read_only_export_says_so_and_refuses_writes(
     tmp_path: Path, serve: Serve, fmt: str
 ) -> None:
     require_peer("nbdinfo")
-    image = make_image(tmp_path, fmt, make_content(tmp_path / "content"))
+    image = make_image(tmp_path, fmt, make_content(tmp_path / "content", size_bytes=SIZE_BYTES))
     before = image.read_bytes()
     with serve(image, fmt=fmt, read_only=True) as server:
         assert NbdInfo.describe(server.uri)["is_read_only"]
@@ -239,7 +176,7 @@ def test_nbdcopy_both_ways_returns_the_same_bytes(
     direct_dir: Path, serve: Serve, fmt: str, cache: str, aio: str
 ) -> None:
     require_peer("nbdcopy")
-    content = make_content(direct_dir / "content")
+    content = make_content(direct_dir / "content", size_bytes=SIZE_BYTES)
     image = make_image(direct_dir, fmt)
     back = direct_dir / "back"
     with serve(image, fmt=fmt, cache=cache, aio=aio) as server:
@@ -342,7 +279,7 @@ def test_raw_file_of_any_length_is_served_to_the_byte(
 def test_backing_chain_of_both_formats_reads_as_qemu_img_sees_it(
     tmp_path: Path, serve: Serve
 ) -> None:
-    content = make_content(tmp_path / "base.raw")
+    content = make_content(tmp_path / "base.raw", size_bytes=SIZE_BYTES)
     middle = QemuImg.create(
         tmp_path / "middle.qcow2",
         None,

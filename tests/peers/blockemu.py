@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
+from urllib.parse import quote, urlsplit
 
 from tests.peers.process import ServerProcess
 
@@ -38,4 +40,40 @@ class BlockemuDaemon(ServerProcess):
         """See ServerProcess."""
         self._spawn(self.command)
         self.read_line()
+        return self
+
+
+class BlockemuTcpDaemon(ServerProcess):
+    """``blockemu serve`` of one image on 127.0.0.1, for clients that have no unix sockets."""
+
+    def __init__(
+        self,
+        image: Path,
+        *,
+        fmt: str,
+        port: int = 0,
+        export: str = "disk",
+        extra: Sequence[str] = (),
+    ) -> None:
+        """`port`: 0 is any free one, which `port` says once started."""
+        command = [sys.executable, "-m", "blockemu", "serve", str(image), "-f", fmt]
+        command += ["--name", export, "--port", str(port), *extra]
+        super().__init__(command, socket_path=Path(os.devnull), export=export)
+        self.port = port
+
+    @property
+    def uri(self) -> str:
+        """See ServerProcess."""
+        return self.export_uri(self.export)
+
+    def export_uri(self, export: str) -> str:
+        """See ServerProcess."""
+        return f"nbd://127.0.0.1:{self.port}/{quote(export, safe='')}"
+
+    def start(self) -> Self:
+        """See ServerProcess."""
+        self._spawn(self.command)
+        port = urlsplit(self.read_line().split()[0]).port
+        assert port is not None
+        self.port = port
         return self

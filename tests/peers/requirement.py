@@ -18,7 +18,9 @@ import pytest
 # The peer's program, and the Debian package that brings it.
 PROGRAMS = {
     "fio": "fio",
+    "fusermount3": "fuse3",
     "nbdcopy": "libnbd-bin",
+    "nbdfuse": "libnbd-bin",
     "nbdinfo": "libnbd-bin",
     "nbdkit": "nbdkit",
     "openssl": "openssl",
@@ -26,10 +28,11 @@ PROGRAMS = {
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",
     "qemu-storage-daemon": "qemu-system-common",
+    "qemu-system-x86_64": "qemu-system-x86",
     "socat": "socat",
 }
-# The peer's Python module, and its Debian package, which `tools/bootstrap` links into the venv.
-MODULES = {"nbd": "python3-libnbd"}
+# The peer's Python modules, and their Debian package, which `tools/bootstrap` links into the venv.
+MODULES = {"nbd": "python3-libnbd", "nbdsh": "python3-libnbd"}
 
 
 def in_ci() -> bool:
