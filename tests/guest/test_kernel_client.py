@@ -8,7 +8,6 @@ After the daemon has stopped, the image is looked at with qemu-img and e2fsck on
 from __future__ import annotations
 
 import itertools
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -217,30 +216,3 @@ def test_detaching_in_the_middle_ends_writes_with_errors(
         guest.run(f"dd if={device} of=/tmp/seen bs=1M count=1 2>&1; cmp /tmp/kept /tmp/seen")
         guest.run(f"nbd-client -d {device}")
     assert_sound(image, fmt)
-
-
-@pytest.mark.parametrize(("fmt", "number"), [("raw", signal.SIGTERM), ("qcow2", signal.SIGKILL)])
-def test_server_that_ends_under_a_file_system_gives_errors_and_loses_nothing(
-    guest: Guest, attach: Attach, image: Path, fmt: str, number: signal.Signals, tmp_path: Path
-) -> None:
-    with BlockemuTcpDaemon(image, fmt=fmt) as server:
-        # The driver waits so many seconds for what was on its way; 30 by itself.
-        device = attach(server, "-timeout 5")
-        format_and_mount(guest, device)
-        guest.run("dd if=/dev/urandom of=/mnt/kept bs=1M count=2 2>&1; sync; cp /mnt/kept /tmp")
-        guest.run(LOAD.format(device="/mnt/load").replace(" seek=512", ""))
-        server.send_signal(number)
-        assert server.wait() == (0 if number == signal.SIGTERM else -number)
-        assert "rror" in guest.run(LOAD_ENDS)
-        guest.attempt("umount /mnt")
-        guest.attempt(f"nbd-client -d {device}")
-    with BlockemuTcpDaemon(image, fmt=fmt, port=server.port) as server:
-        attach(server)
-        guest.run(f"""
-            e2fsck -p {device} || test $? = 1
-            mount {device} /mnt
-            cmp /mnt/kept /tmp/kept
-            umount /mnt
-            nbd-client -d {device}
-        """)
-    assert_sound_inside(image, fmt=fmt, folder=tmp_path, leaks_allowed=number == signal.SIGKILL)
