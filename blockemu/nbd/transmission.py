@@ -254,6 +254,8 @@ class Connection(BaseConnection):
             return False
         if held and held + wanted > limits.in_flight_bytes_max:
             return True
+        if self._memory is None:
+            return held > 0
         if not self._asking:
             self._asking = True
             if self._reclaim:
