@@ -75,14 +75,6 @@ class NbdInfo:
         listing = run_tool(["nbdinfo", "--no-content", "--list", "--json", uri]).stdout
         return [export["export-name"] for export in json.loads(listing)["exports"]]
 
-    @staticmethod
-    def map(uri: str) -> list[dict[str, Any]]:
-        """``--map`` of base:allocation: what is data, a hole, zeroes."""
-        found: list[dict[str, Any]] = json.loads(
-            run_tool(["nbdinfo", "--map", "--json", uri]).stdout
-        )
-        return found
-
 
 class NbdCopy:
     """``nbdcopy``."""
