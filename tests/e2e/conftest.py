@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.peers.blockemu import BlockemuDaemon
+from tests.peers.certificates import Pki, make_pki
 from tests.peers.process import ServerProcess
 from tests.peers.qemu import QemuNbd
 
@@ -25,6 +26,12 @@ Serve = Callable[..., ServerProcess]
 
 def _stand_in() -> str | None:
     return os.environ.get("BLOCKEMU_E2E_SERVER") or None
+
+
+@pytest.fixture(scope="session")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    """Certificates for servers and clients."""
+    return make_pki(tmp_path_factory.mktemp("pki"))
 
 
 @pytest.fixture

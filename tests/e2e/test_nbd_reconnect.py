@@ -13,7 +13,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from tests.e2e.block_writer import BLOCK_BYTES, BlockWriter
 from tests.e2e.raw_nbd import RawNbd
 from tests.e2e.test_nbd_chain import json_name
 from tests.peers.blockemu import BlockemuDaemon
+from tests.peers.certificates import Pki, tls_object
 from tests.peers.nbdkit import NbdKit
 from tests.peers.process import ServerProcess
 from tests.peers.qemu import QemuImg, QemuNbd
@@ -33,26 +34,32 @@ KILLS = 2
 BLOCKS = 2048
 WRITES_MIN, WRITES_MAX = 20, 300
 
-Start = Callable[[Path, Path], ServerProcess]
+Start = Callable[[Path, Path, Sequence[str]], ServerProcess]
+"""Of an image, a socket's path, and arguments for TLS."""
 
 
-def ours(fmt: str, **options: str) -> Start:
-    return lambda image, socket: BlockemuDaemon(
-        image, fmt=fmt, socket_path=socket, export="disk", **options
+def ours(fmt: str, cache: str) -> Start:
+    return lambda image, socket, tls: BlockemuDaemon(
+        image, fmt=fmt, socket_path=socket, export="disk", cache=cache, extra=tls
     )
 
 
 def qemu(fmt: str) -> Start:
-    return lambda image, socket: QemuNbd(
-        image, fmt=fmt, socket_path=socket, export="disk", shared=8
-    )
+    def start(image: Path, socket: Path, tls: Sequence[str]) -> ServerProcess:
+        server = QemuNbd(image, fmt=fmt, socket_path=socket, export="disk", shared=8)
+        server.command[1:1] = tls
+        return server
+
+    return start
 
 
 CASES: dict[str, tuple[str, int, Start]] = {
     "qcow2-multi-conn": ("qcow2", 4, ours("qcow2", cache="writeback")),
+    "tls-qcow2-multi-conn": ("qcow2", 4, ours("qcow2", cache="writeback")),
+    "tls-qemu-nbd-multi-conn": ("qcow2", 4, qemu("qcow2")),
     "raw-direct": ("raw", 1, ours("raw", cache="direct")),
     "qemu-nbd-qcow2-multi-conn": ("qcow2", 4, qemu("qcow2")),
-    "nbdkit-multi-conn": ("raw", 3, lambda image, socket: NbdKit(image, socket_path=socket)),
+    "nbdkit-multi-conn": ("raw", 3, lambda image, socket, _: NbdKit(image, socket_path=socket)),
 }
 
 
@@ -77,7 +84,7 @@ class DoubtingWriter(BlockWriter):
 @pytest.mark.usefixtures("only_ours")
 @pytest.mark.parametrize("case", CASES)
 def test_no_flushed_write_is_lost_when_the_server_is_killed(
-    direct_dir: Path, run_dir: Path, random_seed: int, case: str
+    direct_dir: Path, run_dir: Path, random_seed: int, pki: Pki, case: str
 ) -> None:
     for peer in ("qemu-img", "qemu-nbd", "nbdkit"):
         require_peer(peer)
@@ -86,19 +93,28 @@ def test_no_flushed_write_is_lost_when_the_server_is_killed(
     image = QemuImg.create(direct_dir / f"disk.{fmt}", BLOCKS * BLOCK_BYTES, fmt=fmt)
     writer = DoubtingWriter(BLOCKS, rng, trims_share=0.05)
     below, above = run_dir / "below", run_dir / "above"
-    name = json_name(below, "disk", **{"multi-conn": connections, "reconnect-delay": 60})
-    server = start(image, below).start()
+    options: dict[str, str | int] = {"multi-conn": connections, "reconnect-delay": 60}
+    server_tls: list[str] = []
+    client_tls: list[str] = []
+    if case.startswith("tls"):
+        options |= {"tls-creds": "tls0", "tls-hostname": "localhost"}
+        server_tls = ["--object", tls_object(pki.folder, "server"), "--tls-creds", "tls0"]
+        client_tls = ["--object", tls_object(pki.folder, "client")]
+    name = json_name(below, "disk", **options)
+    server = start(image, below, server_tls).start()
 
     def kill_and_restart() -> None:
         nonlocal server
         server.discard()
         writer.doubt()
-        server = start(image, below).start()
+        server = start(image, below, server_tls).start()
         writer.take_all(client)
 
     try:
         with (
-            BlockemuDaemon(name, fmt=None, socket_path=above, export="disk") as upper,
+            BlockemuDaemon(
+                name, fmt=None, socket_path=above, export="disk", extra=client_tls
+            ) as upper,
             RawNbd.connected(upper.socket_path, "disk") as client,
         ):
             for _ in range(KILLS * ROUNDS):

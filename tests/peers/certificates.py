@@ -156,6 +156,11 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
+def tls_object(folder: Path, endpoint: str, options: str = "") -> str:
+    """What QEMU and we take behind --object: the credentials of a folder, with the id `tls0`."""
+    return f"tls-creds-x509,id=tls0,dir={folder},endpoint={endpoint}{options}"
+
+
 @dataclass(frozen=True, slots=True)
 class Pki:
     """One authority, and folders of credentials that it vouches for."""
