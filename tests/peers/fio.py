@@ -7,8 +7,10 @@ import json
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from tests.peers.libnbd import home_with
 from tests.peers.qemu import ToolFailed, ToolResult, run_tool
 
 
@@ -52,8 +54,11 @@ def _run_watched(command: Sequence[str], runtime_s: float, under_load: Callable[
 class Fio:
     """``fio --ioengine=nbd`` against one URI."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, *, credentials: Path | None = None) -> None:
+        """`credentials`: a folder with the client's certificate, for `verify` with TLS; libnbd
+        takes none from fio's URI."""
         self.uri = uri
+        self._credentials = credentials
 
     def command(
         self, *, pattern: str, block_bytes: int, depth: int, extra: Sequence[str] = ()
@@ -122,4 +127,5 @@ class Fio:
             ],
         )
         words = [word for word in words if word not in ("--randrepeat=0", "--norandommap")]
-        return run_tool(words).stdout
+        with home_with(self._credentials) as (home, user):
+            return run_tool(words, home=home, user=user).stdout

@@ -13,14 +13,41 @@ import glob
 import importlib
 import importlib.machinery
 import importlib.util
+import os
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 from tests.peers.requirement import give_up
 
 DISTRIBUTION = "/usr/lib/python3*/dist-packages", "/usr/lib*/python3*/site-packages"
+
+
+NOBODY = 65534
+
+
+@contextmanager
+def home_with(credentials: Path | None) -> Iterator[tuple[Path | None, int | None]]:
+    """A home where libnbd looks for certificates when nobody says where they are, and the user
+    whose it is, if it can't be the one who runs the tests; None for what needs no change.
+
+    For root libnbd looks in /etc, and nowhere else.
+    """
+    if credentials is None:
+        yield None, None
+        return
+    user = NOBODY if os.geteuid() == 0 else None
+    with tempfile.TemporaryDirectory(prefix="bemu-") as folder:
+        home = Path(folder)
+        shutil.copytree(credentials, home / ".pki" / "libnbd")
+        if user is not None:
+            for path in (home, *home.rglob("*")):
+                os.chown(path, user, -1)
+        yield home, user
 
 
 def _binding_files() -> list[Path]:

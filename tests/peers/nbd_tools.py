@@ -88,13 +88,14 @@ class NbdCopy:
 class NbdFuse:
     """``nbdfuse``: an export as the file `self.file`, within a `with`."""
 
-    def __init__(self, uri: str, folder: Path) -> None:
-        """`folder` is made, to be mounted on."""
+    def __init__(self, uri: str, folder: Path, home: Path | None = None) -> None:
+        """`folder` is made, to be mounted on. `home`: as `home_with` has it."""
         self.file = folder / "nbd"
         self._folder = folder
         # It writes its process id there when clients may come: a pipe wakes who waits for that.
         self._ready = folder.with_suffix(".ready")
         self._command = ["nbdfuse", "--pidfile", str(self._ready), str(folder), uri]
+        self._env = None if home is None else {**os.environ, "HOME": str(home)}
         self._process: subprocess.Popen[str]
 
     def __enter__(self) -> Self:
@@ -102,8 +103,9 @@ class NbdFuse:
         os.mkfifo(self._ready)
         with open(os.open(self._ready, os.O_RDONLY | os.O_NONBLOCK), "rb") as ready:
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-            )
+                self._command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                env=self._env,
+            )  # fmt: skip
             found, _, _ = select.select([ready], [], [], FUSE_TIMEOUT_S)
         if not found:
             self._process.kill()

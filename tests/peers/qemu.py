@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -32,9 +33,14 @@ class ToolFailed(Exception):
 
 
 def run_tool(
-    command: Sequence[str | Path], *, check: bool = True, timeout_s: float = TOOL_TIMEOUT_S
+    command: Sequence[str | Path],
+    *,
+    check: bool = True,
+    timeout_s: float = TOOL_TIMEOUT_S,
+    home: Path | None = None,
+    user: int | None = None,
 ) -> ToolResult:
-    """Run a command to its end.
+    """Run a command to its end, with another `home`, or as another `user` by number.
 
     Raises: ToolFailed when `check` and it exits with another status than 0.
     """
@@ -46,6 +52,9 @@ def run_tool(
         text=True,
         timeout=timeout_s,
         check=False,
+        env=None if home is None else {**os.environ, "HOME": str(home)},
+        cwd=home,
+        user=user,
     )
     result = ToolResult(done.returncode, done.stdout, done.stderr)
     if check and result.code != 0:
