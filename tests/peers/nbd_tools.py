@@ -51,7 +51,7 @@ class NbdInfo:
         return found
 
     @staticmethod
-    def map(uri: str, context: str) -> list[tuple[int, int, int]]:
+    def map(uri: str, context: str = "base:allocation") -> list[tuple[int, int, int]]:
         """``--map`` of a meta context: (offset, length, state), neighbours that are alike as
         one."""
         found: list[tuple[int, int, int]] = []
