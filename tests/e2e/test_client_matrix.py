@@ -133,7 +133,7 @@ def test_nbdinfo_maps_an_export(door: Door, content: Path) -> None:
     require_peer("nbdinfo")
     runs = NbdInfo.map(door.uri("content"))
     is_zero = {0: False, 2: True, 3: True}  # NBD_STATE_HOLE is 1, NBD_STATE_ZERO 2
-    assert_layout([(run["offset"], run["length"], is_zero[run["type"]]) for run in runs], content)
+    assert_layout([(offset, length, is_zero[state]) for offset, length, state in runs], content)
 
 
 def test_nbdcopy_copies_out_of_an_export(door: Door, content: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class NbdInfo:
         return found
 
     @staticmethod
-    def map(uri: str, context: str) -> list[tuple[int, int, int]]:
+    def map(uri: str, context: str = "base:allocation") -> list[tuple[int, int, int]]:
         """``--map`` of a meta context: (offset, length, state), neighbours that are alike as
         one."""
         found: list[tuple[int, int, int]] = []
@@ -74,14 +74,6 @@ class NbdInfo:
         """``--list``."""
         listing = run_tool(["nbdinfo", "--no-content", "--list", "--json", uri]).stdout
         return [export["export-name"] for export in json.loads(listing)["exports"]]
-
-    @staticmethod
-    def map(uri: str) -> list[dict[str, Any]]:
-        """``--map`` of base:allocation: what is data, a hole, zeroes."""
-        found: list[dict[str, Any]] = json.loads(
-            run_tool(["nbdinfo", "--map", "--json", uri]).stdout
-        )
-        return found
 
 
 class NbdCopy:
