@@ -27,7 +27,10 @@ _KEYS = (
     "max-connections",
     "rotational",
     "resizable",
+    "bitmap",
+    "allocation-depth",
 )
+_REPEATABLE = "bitmap"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +79,22 @@ def _utf8_length(what: str, kind: str, text: str, advice: str) -> int:
 
 
 def parse_alias(text: str, limits: Limits) -> AliasConfig:
-    """`name=NAME,of=EXPORT[,key=value]...`; commas in values are doubled. Raises: DaemonError."""
+    """`name=NAME,of=EXPORT[,key=value]...`; commas in values are doubled, and `bitmap` may be
+    repeated. Raises: DaemonError."""
     what = f"--export {text}"
     values: dict[str, str] = {}
+    bitmaps: list[str] = []
     for part in (piece.replace("\0", ",") for piece in text.replace(",,", "\0").split(",")):
         key, equals, value = part.partition("=")
         if key not in _KEYS:
             raise DaemonError(what, f"there is no '{key}'; known: {', '.join(_KEYS)}")
         if not equals:
             raise DaemonError(what, f"'{key}' needs a value: {key}=...")
+        if key == _REPEATABLE:
+            if not value:
+                raise DaemonError(what, "'bitmap' needs the name of one")
+            bitmaps.append(value)
+            continue
         if key in values:
             raise DaemonError(what, f"'{key}' is given twice")
         values[key] = value
@@ -103,6 +113,8 @@ def parse_alias(text: str, limits: Limits) -> AliasConfig:
         if "rotational" in values
         else None,
         resizable=_bool(what, values, "resizable", default=False),
+        bitmaps=tuple(bitmaps),
+        allocation_depth=_bool(what, values, "allocation-depth", default=False),
     )
     return AliasConfig(values["of"], spec)
 

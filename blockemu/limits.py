@@ -117,7 +117,8 @@ class Limits:
     close_silence_ns: int = SECOND_NS // 4
     """When the server has hung up, the time after which a client that sends nothing and doesn't
     close either is left. Real clients close as soon as they see the end of the stream, but an idle
-    one may not look. Longer than most round trips; what such clients may add to a shutdown."""
+    one may not look. Longer than most round trips; what such clients may add to a shutdown. Also
+    what one has then that is in the middle of an option, to send the rest and hear the answer."""
 
     remote_linger_ns: int = 10 * SECOND_NS
     """At shutdown, the time that NBD servers below us have to answer what was asked of them, before
@@ -158,6 +159,7 @@ class Limits:
         """Raises: ValueError, when two of them contradict each other."""
         for less, more in (
             ("request_length_max", "in_flight_bytes_max"),
+            ("status_reply_bytes_max", "in_flight_bytes_max"),
             ("in_flight_bytes_max", "memory_bytes_max"),
             ("memory_reserve_bytes", "in_flight_bytes_max"),
             ("name_length_max", "option_length_max"),

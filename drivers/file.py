@@ -140,8 +140,10 @@ class FileDriver(BlockDriver):
         return runs
 
     async def truncate(self, length: int, *, preallocation: str = "off") -> None:
+        if self.host_file.is_block_device:
+            await self._take_device_of(length)
+            return
         old = self._length_bytes
-        self._refuse_growth_of_device(length)
         async with self._map_slot.shut():
             if preallocation == "falloc" and length > old:
                 await self.host_file.allocate(old, length - old)
@@ -149,6 +151,17 @@ class FileDriver(BlockDriver):
             self._length_bytes = length
         if preallocation == "full" and length > old:
             await self._write_zeroes_in_full(old, length)
+
+    async def _take_device_of(self, length: int) -> None:
+        """A device has the size that its host gave it, which may have changed since it was opened
+        (a logical volume): that one is taken, with whatever the device has there."""
+        size = self.host_file.size_bytes()
+        if length > size:
+            raise io_error(errno.ENOSPC, f"the device ends at {size}")
+        if length < size:
+            raise io_error(errno.ENOTSUP, f"the device has {size} bytes, and keeps them")
+        async with self._map_slot.shut():
+            self._length_bytes = size
 
     async def _write_zeroes_in_full(self, start: int, end: int) -> None:
         buffer = self.node.ctx.buffers.take(FULL_WRITE_BYTES)

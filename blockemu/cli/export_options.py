@@ -91,7 +91,8 @@ export_options = option_group(
         multiple=True,
         metavar="name=NAME,of=EXPORT,...",
         help="One more export of an image, with its own writable=off, hidden=on, description=TEXT, "
-        "max-connections=N, rotational=on, resizable=on. May be repeated.",
+        "max-connections=N, rotational=on, resizable=on, bitmap=NAME (repeatable), "
+        "allocation-depth=on. May be repeated.",
     ),
     click.option(
         "--max-connections",

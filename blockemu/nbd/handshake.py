@@ -158,7 +158,9 @@ class Negotiation:
     async def _haggle(self) -> Session | None:
         flags = HandshakeFlag.NBD_FLAG_FIXED_NEWSTYLE | HandshakeFlag.NBD_FLAG_NO_ZEROES
         await self._stream.send(GREETING.pack(NBDMAGIC, IHAVEOPT, flags))
-        (client_flags,) = CLIENT_FLAGS.unpack(await self._stream.receive(CLIENT_FLAGS.size))
+        (client_flags,) = CLIENT_FLAGS.unpack(
+            await self._stream.receive(CLIENT_FLAGS.size, at_rest=True)
+        )
         # As plain numbers: inverting an IntFlag yields named bits only.
         known = int(ClientFlag.NBD_FLAG_C_FIXED_NEWSTYLE | ClientFlag.NBD_FLAG_C_NO_ZEROES)
         if client_flags & ~known:
@@ -174,7 +176,8 @@ class Negotiation:
 
     async def _one_option(self) -> bool:
         """Answer the next option. False ends negotiation."""
-        magic, option, length = OPTION.unpack(await self._stream.receive(OPTION.size))
+        header = await self._stream.receive(OPTION.size, at_rest=True)
+        magic, option, length = OPTION.unpack(header)
         if magic != IHAVEOPT:
             raise NegotiationError(f"bad option magic {magic:#x}")
         if not self._fixed and option != Option.NBD_OPT_EXPORT_NAME:
@@ -184,6 +187,8 @@ class Negotiation:
         if length > self._limits.option_length_max:
             return await self._too_big(option, length)
         data = await self._stream.receive(length)
+        if self._stream.ending and option != Option.NBD_OPT_ABORT:
+            return await self._refuse_at_shutdown(option)
         handler = self._handlers.get(option)
         if handler is None:
             await self._reply(option, Reply.NBD_REP_ERR_UNSUP, b"option not supported")
@@ -217,6 +222,13 @@ class Negotiation:
             raise NegotiationError("EXPORT_NAME without TLS, which is required")
         await self._stream.discard(length)
         await self._reply(option, Reply.NBD_REP_ERR_TLS_REQD, b"this server requires TLS")
+        return True
+
+    async def _refuse_at_shutdown(self, option: int) -> bool:
+        """What a client had begun to ask for is answered still; then it is hung up on."""
+        if option == Option.NBD_OPT_EXPORT_NAME:
+            raise NegotiationError("EXPORT_NAME while the server is shutting down")
+        await self._reply(option, Reply.NBD_REP_ERR_SHUTDOWN, b"the server is shutting down")
         return True
 
     async def _reply(self, option: int, reply: Reply, data: bytes = b"") -> None:

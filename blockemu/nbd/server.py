@@ -93,8 +93,9 @@ class NbdServer:
     async def close(self) -> None:
         """Stop listening, answer what is in flight, close all connections.
 
+        A client in negotiation that has begun an option gets the answer to that (ERR_SHUTDOWN).
         Suspends: until the last one is closed; a client that doesn't take its replies can hold it
-        up for `close_linger_ns`.
+        up for `close_linger_ns`, one that doesn't finish its option for `close_silence_ns`.
         """
         self._closing = True
         self._update_accepting()
@@ -103,11 +104,18 @@ class NbdServer:
         self._listeners.clear()
         self._retry.cancel()
         for stream in [*self._negotiating]:
-            stream.abort("the server is shutting down")
+            stream.end_at_rest("the server is shutting down")
+        patience = self._ctx.new_timer(self._end_negotiations)
+        patience.arm(self._ctx.now_ns() + self._limits.close_silence_ns)
         for connection in [*self._connections]:
             connection.ctx.schedule_oneshot(connection.close)
         while self.connection_count:
             await self._left.wait()
+        patience.cancel()
+
+    def _end_negotiations(self) -> None:
+        for stream in [*self._negotiating]:
+            stream.abort("the server is shutting down")
 
     async def disconnect(self, export: Export) -> None:
         """Answer what is in flight, close the connections of one export, which is being removed.

@@ -335,9 +335,9 @@ class _WatchedStream(NegotiationStream):
         self._watch = watch
         watch.waiting = self
 
-    async def receive(self, length: int) -> bytes:
+    async def receive(self, length: int, *, at_rest: bool = False) -> bytes:
         self._watch.renew()
-        return await super().receive(length)
+        return await super().receive(length, at_rest=at_rest)
 
 
 def _export_info(name: str, said: dict[int, bytes]) -> ExportInfo:

@@ -61,6 +61,7 @@ class NegotiationStream:
         self._bytes_left = bytes_max
         self._ready: Future[None] | None = None
         self._aborted: str | None = None
+        self._ending: str | None = None
 
     @property
     def transport(self) -> StreamSocket:
@@ -107,6 +108,17 @@ class NegotiationStream:
         self._aborted = reason
         self._wake()
 
+    def end_at_rest(self, reason: str) -> None:
+        """Fail the coroutine once the peer owes us nothing that it has begun: what it waits for, if
+        that is so now (`receive` with `at_rest`), or else a later wait."""
+        self._ending = reason
+        self._wake()
+
+    @property
+    def ending(self) -> bool:
+        """Whether the end is to come as soon as the peer is at rest."""
+        return self._ending is not None
+
     def close(self) -> None:
         """Close the socket, with a farewell if there is TLS. For who has no further use for it."""
         self._sock.close()
@@ -115,8 +127,11 @@ class NegotiationStream:
         """Negotiation is over, and who reads on has bounds of its own."""
         self._bytes_left = sys.maxsize
 
-    async def receive(self, length: int) -> bytes:
-        """Exactly `length` bytes. Suspends: until they are there. Raises: NegotiationError."""
+    async def receive(self, length: int, *, at_rest: bool = False) -> bytes:
+        """Exactly `length` bytes. `at_rest`: something new begins with the first of them.
+
+        Suspends: until they are there. Raises: NegotiationError.
+        """
         self._check()
         self._take(length)
         received = bytearray()
@@ -124,6 +139,8 @@ class NegotiationStream:
             try:
                 data = self._sock.recv(length - len(received))
             except (BlockingIOError, InterruptedError):
+                if at_rest and not received and self._ending is not None:
+                    raise NegotiationError(self._ending) from None
                 await self._wait(read=True, write=self.tls is not None and self.tls.unsent)
                 continue
             except OSError as error:

@@ -9,7 +9,6 @@ the first `CONTENT_BYTES` of "disk" keep their content, what lies behind is anyb
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import random
 import shutil
 import tempfile
@@ -97,8 +96,6 @@ class Servers:
         self, native: str, *, read_only: bool = False, tls: str | None = None
     ) -> ProtocolServer:
         """The one that is as asked for."""
-        if tls is not None and importlib.util.find_spec("blockemu.cli.tls_options") is None:
-            pytest.skip("this daemon has no TLS")
         key = name = f"{'ro' if read_only else 'rw'}{native}{tls or ''}"
         if key not in self._started:
             server = _start(self._folder, name, native, read_only=read_only, tls=tls)

@@ -6,10 +6,14 @@ Sections "Conventions" to "Termination of the session during option haggling", a
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import struct
+from pathlib import Path
 
 import pytest
 
+from tests.peers.blockemu import BlockemuDaemon
 from tests.protocol.client import Client, OptionReply, info_data
 from tests.protocol.conftest import CONTENT, DISK_BYTES, Connect, ProtocolServer
 from tests.protocol.wire import (
@@ -58,6 +62,27 @@ def test_strings_that_the_server_sends_keep_the_rules_of_strings(client: Client)
 def test_strings_that_break_the_rules_name_no_export(client: Client, name: str) -> None:
     assert client.ask(Opt.INFO, info_data(name))[-1].is_error
     assert goes_on(client)
+
+
+def test_haggling_an_option_under_way_at_shutdown_is_answered(tmp_path: Path, native: str) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(512))
+    patient = ["--limit", "close-silence=10s"]
+    server = BlockemuDaemon(disk, fmt="raw", socket_path=tmp_path / "sock", extra=patient)
+    server.environment["BLOCKEMU_NATIVE"] = native
+    with server, Client.greeted(server.socket_path) as client:
+        assert goes_on(client)
+        option = IHAVEOPT + struct.pack(">II", Opt.INFO, 6) + info_data("")
+        client.send(option[:10])
+        server.send_signal(signal.SIGTERM)
+        with contextlib.suppress(OSError):
+            while True:  # until nobody listens any more
+                Client.dial(server.socket_path).close()
+        client.send(option[10:])
+        reply = client.option_reply()
+        assert (reply.option, reply.kind) == (Opt.INFO, Rep.ERR_SHUTDOWN)
+        assert client.closed()
+        assert server.wait() == 0
 
 
 # --- Newstyle negotiation ---

@@ -58,6 +58,14 @@ def test_two_names_of_one_image_share_its_bytes_and_not_their_rights(
     assert image.read_bytes()[4096:][:13] == b"and this, too"
 
 
+def test_a_further_name_has_meta_contexts_of_its_own() -> None:
+    text = "name=look,of=disk,bitmap=a,,b,bitmap=c,allocation-depth=on"
+    config = serve_config(["disk.raw"], aliases=[text])
+    spec = config.aliases[0].spec
+    assert (spec.bitmaps, spec.allocation_depth) == (("a,b", "c"), True)
+    assert not config.images[0].export.bitmaps
+
+
 def test_what_is_hidden_and_what_is_the_default(image: Path, tmp_path: Path) -> None:
     require_peer("nbdinfo")
     config = serve_config(
@@ -85,6 +93,8 @@ def test_what_is_hidden_and_what_is_the_default(image: Path, tmp_path: Path) -> 
         ("name=a,of=disk,hidden", "'hidden' needs a value"),
         ("name=a,of=disk,hidden=maybe", "'hidden' is on or off, not 'maybe'"),
         ("name=a,of=disk,name=b", "'name' is given twice"),
+        ("name=a,of=disk,bitmap=", "'bitmap' needs the name of one"),
+        ("name=a,of=disk,allocation-depth=2", "'allocation-depth' is on or off, not '2'"),
         ("name=a,of=disk,max-connections=0", "'max-connections' is a number from 1, not '0'"),
         ("name=a,of=disk,max-connections=x", "'max-connections' is a number from 1, not 'x'"),
         (f"name={'x' * 4097},of=disk", "at most 4096 bytes"),

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import itertools
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from blockemu import limits as limits_module
 from blockemu.cli import cli
 from blockemu.errors import DaemonError
 from blockemu.limit_settings import describe_limits, limit_names, parse_limits
@@ -19,6 +23,25 @@ SECOND_NS = 10**9
 def test_every_limit_has_a_name_of_its_own_and_a_default_that_can_be_set() -> None:
     assert len(limit_names()) == len(dataclasses.fields(Limits))
     assert parse_limits(describe_limits().split(", ")) == Limits()
+
+
+def test_every_limit_is_named_by_a_test_of_it() -> None:
+    tests = Path(__file__).resolve().parents[2]
+    texts = [path.read_text() for path in tests.rglob("test_*.py")]
+    fields = [field.name for field in dataclasses.fields(Limits)]
+    unnamed = [name for name in fields if not any(name in text for text in texts)]
+    assert not unnamed, "show in a test that they bound what they are for"
+
+
+def test_every_limit_tells_its_reason() -> None:
+    (body,) = [
+        node.body
+        for node in ast.parse(Path(limits_module.__file__).read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name == "Limits"
+    ]
+    for node, following in itertools.pairwise(body):
+        if isinstance(node, ast.AnnAssign):
+            assert isinstance(following, ast.Expr), ast.unparse(node)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +73,10 @@ def test_a_limit_is_set_in_its_unit(text: str, field: str, value: int) -> None:
         ("negotiation-time=10h", "limit 'negotiation-time': '10h' is not a time"),
         ("negotiation-time=0", "is not between 1ns and 24 hours"),
         ("request-length=1G", "limits: request_length_max (1073741824) is more than"),
+        ("status-reply-bytes=65M", "limits: status_reply_bytes_max (68157440) is more than"),
+        ("in-flight-bytes=32767K", "is more than in_flight_bytes_max (33553408)"),
+        ("memory-bytes=1M", "is more than memory_bytes_max (1048576)"),
+        ("keepalive-probes=128", "limits: keepalive_probes_max is more than 127"),
     ],
 )
 def test_nonsense_is_refused_with_its_name(text: str, complaint: str) -> None:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from blockemu.drivers.errors import ImageError
 from blockemu.drivers.node import BlockDriverState
 from blockemu.drivers.registry import Opener
 from blockemu.loop.aio_context import AioContext
-from blockemu.loop.memory_file import MemoryFiles
+from blockemu.loop.memory_file import MemoryFile, MemoryFiles
 
 MODES = [
     pytest.param({"cache": {"direct": False}, "aio": "native"}, id="cached"),
@@ -218,6 +220,77 @@ def test_raw_is_cut_only_after_the_writes_by_its_direct_map(ctx: AioContext) -> 
         ctx.poll(blocking=True)
     assert len(image.content) == node.length_bytes == 4096
     ctx.run(node.close())
+
+
+class DeviceFile(MemoryFile):
+    """As a host's block device: it has the size that somebody else gave it."""
+
+    is_block_device = True
+
+    async def truncate(self, length: int) -> None:
+        raise OSError(errno.ENOTSUP, "a block device keeps its size", self.path)
+
+
+class Devices(MemoryFiles):
+    """All of whose files are devices."""
+
+    def open(
+        self, path: str, *, read_only: bool, direct: bool = False, aio: str = "threads"
+    ) -> DeviceFile:
+        return DeviceFile(
+            self.images[path], path, read_only=read_only, direct=direct, alignment=512
+        )
+
+
+def test_a_device_that_has_grown_is_taken_at_the_size_that_it_has(ctx: AioContext) -> None:
+    """It was refused, beyond the size that the device had when it was opened."""
+    devices = Devices()
+    image = devices.add("lv", bytes(8192))
+    opener = Opener(files=devices, ctx=ctx)
+    options = {"driver": "raw", "file": {"driver": "host_device", "filename": "lv"}}
+    node = ctx.run(opener.open(options))
+    with pytest.raises(OSError, match="the device ends at 8192") as caught:
+        ctx.run(node.truncate(16384))
+    assert caught.value.errno == errno.ENOSPC
+    image.content.extend(b"n" * 8192)
+    assert node.length_bytes == 8192
+    for size, refusal in ((32768, errno.ENOSPC), (12288, errno.ENOTSUP)):
+        with pytest.raises(OSError, match="16384") as caught:
+            ctx.run(node.truncate(size))
+        assert caught.value.errno == refusal
+        assert node.length_bytes == 8192
+    ctx.run(node.truncate(16384))
+    assert node.length_bytes == 16384
+    assert read(ctx, node, 12288, 512) == b"n" * 512
+    del image.content[4096:]
+    ctx.run(node.truncate(4096))
+    assert node.length_bytes == 4096
+    ctx.run(node.close())
+
+
+@pytest.mark.root
+def test_a_real_device_that_has_grown_is_taken(
+    ctx: AioContext, opener: Opener, tmp_path: Path
+) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(1 << 20))
+    made = subprocess.run(
+        ["losetup", "--find", "--show", path], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"no loop device: {made.stderr.strip()}")
+    device = made.stdout.strip()
+    try:
+        node = open_file(ctx, opener, Path(device))
+        with path.open("ab") as file:
+            file.write(b"n" * (1 << 20))
+        subprocess.run(["losetup", "--set-capacity", device], check=True)
+        ctx.run(node.truncate(2 << 20))
+        assert node.length_bytes == 2 << 20
+        assert read(ctx, node, (2 << 20) - 512, 512) == b"n" * 512
+        ctx.run(node.close())
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
 
 
 def test_direct_map_of_a_read_only_node_isnt_writable(

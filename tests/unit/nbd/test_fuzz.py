@@ -34,6 +34,7 @@ KIB = 1024
 LIMITS = Limits(
     request_length_max=256 * KIB,
     in_flight_bytes_max=256 * KIB,
+    status_reply_bytes_max=64 * KIB,
     discard_length_max=300 * KIB,
     in_flight_requests_max=4,
     round_requests_max=3,

@@ -9,7 +9,7 @@ import socket
 
 import pytest
 
-from blockemu.drivers.nbd.protocol import Command
+from blockemu.drivers.nbd.protocol import IHAVEOPT, OPTION, Command, Option, Reply
 from blockemu.exports import Export
 from blockemu.limits import Limits
 from blockemu.loop.aio_context import AioContext
@@ -127,6 +127,49 @@ def test_close_ends_every_kind_of_client(start_server: StartServer, clock: Virtu
     assert not server.server.connection_count
     with pytest.raises(OSError, match="refused"):
         server.connect()
+
+
+def test_close_answers_the_options_that_clients_have_begun(start_server: StartServer) -> None:
+    server = start_server()
+    greeted, halfway, ready = (server.connect() for _ in range(3))
+    for client in (halfway, ready):
+        client.greet()
+    greeted.receive(18)
+    halfway.send(OPTION.pack(IHAVEOPT, Option.NBD_OPT_LIST, 4)[:7])
+    halfway.rounds()
+    ready.sock.sendall(
+        OPTION.pack(IHAVEOPT, Option.NBD_OPT_LIST, 0)
+        + OPTION.pack(IHAVEOPT, Option.NBD_OPT_ABORT, 0)
+    )
+    closing = server.ctx.spawn(server.server.close())
+    assert greeted.hung_up()
+    error, text = ready.option_reply(Option.NBD_OPT_LIST)
+    assert (error, text) == (Reply.NBD_REP_ERR_SHUTDOWN, b"the server is shutting down")
+    assert ready.option_reply(Option.NBD_OPT_ABORT) == (Reply.NBD_REP_ACK, b"")
+    assert ready.hung_up()
+    assert not closing.done()
+    halfway.send(OPTION.pack(IHAVEOPT, Option.NBD_OPT_LIST, 4)[7:] + b"data")
+    assert halfway.option_reply(Option.NBD_OPT_LIST)[0] == Reply.NBD_REP_ERR_SHUTDOWN
+    assert halfway.hung_up()
+    halfway.until(closing.done)
+
+
+def test_close_waits_a_moment_for_the_option_under_way(
+    start_server: StartServer, clock: VirtualClock
+) -> None:
+    server = start_server()
+    slow = server.connect()
+    slow.greet()
+    slow.send(b"IHAVE")
+    slow.rounds()
+    closing = server.ctx.spawn(server.server.close())
+    slow.rounds()
+    clock.advance_ns(Limits().close_silence_ns - 1)
+    slow.rounds()
+    assert not closing.done()
+    clock.advance_ns(1)
+    assert slow.hung_up()
+    slow.until(closing.done)
 
 
 def test_close_without_clients_is_prompt(start_server: StartServer) -> None:

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import random
 import socket
+import sys
+import termios
 
 import pytest
 
@@ -36,6 +39,12 @@ def shrink(served: Served) -> None:
     """Let the kernel hold little for either side."""
     for sock in (served.client.sock, served.connection._sock):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+
+def bytes_waiting(client: Client) -> int:
+    """What has arrived there and wasn't read."""
+    answer = fcntl.ioctl(client.sock.fileno(), termios.FIONREAD, bytes(4))
+    return int.from_bytes(answer, sys.byteorder)
 
 
 def test_replies_leave_in_the_order_in_which_requests_end(serve: Serve) -> None:
@@ -144,7 +153,11 @@ def test_requests_in_flight_are_bounded(serve: Serve, mapped: bool) -> None:
 
 @both_paths
 def test_bytes_in_flight_are_bounded(serve: Serve, mapped: bool) -> None:
-    limits = Limits(request_length_max=256 * KIB, in_flight_bytes_max=256 * KIB)
+    limits = Limits(
+        request_length_max=256 * KIB,
+        in_flight_bytes_max=256 * KIB,
+        status_reply_bytes_max=256 * KIB,
+    )
     served = serve(mapped=mapped, limits=limits)
     backend, file = served.backend, served.backend.file
     backend.held, file.behaviour = True, "pending"
@@ -201,6 +214,21 @@ def test_a_client_that_leaves_its_replies_unread_is_not_read(serve: Serve, mappe
     calls = len(served.backend.calls) + len(served.backend.file.calls)
     served.client.rounds(50)
     assert len(served.backend.calls) + len(served.backend.file.calls) == calls
+
+
+def test_small_replies_that_are_left_unread_are_bounded_by_their_number(serve: Serve) -> None:
+    bounds = {"in_flight_requests_max": 8, "round_requests_max": 8}
+    served = serve(limits=Limits(unsent_parts_max=16, **bounds))
+    shrink(served)
+    for _ in range(50):
+        served.client.send_some(reads(served.client, 200, 512))
+        served.client.rounds(2)
+    begun = len(served.backend.calls)
+    served.client.rounds(50)
+    assert len(served.backend.calls) == begun
+    answer_bytes_min = 16 + 512
+    left = bytes_waiting(served.client) // answer_bytes_min
+    assert left <= begun <= left + 16 + 8 + 8, "far less than the 256 replies of the default"
 
 
 @both_paths
