@@ -117,7 +117,7 @@ class Intake:
         read_head, success, structured = style.read_head, style.success, style.structured
         extended = style.extended
         add_part, add_buffer = replies.parts.append, replies.buffers.append
-        length_max, room = limits.request_length_max, connection.room()
+        length_max, room, slots = limits.request_length_max, connection.room(), connection.slots()
         budget = limits.round_bytes_max
         request_cost = budget // limits.round_requests_max
         if connection.ctx.is_late(started_ns):
@@ -130,6 +130,7 @@ class Intake:
         else:
             plain_read, plain_write = style.plain_read, style.plain_write
             lookup_read, lookup_write = direct_map.lookup_read, direct_map.lookup_write
+            find_read, find_write = direct_map.find_read, direct_map.find_write
             file = direct_map.file
             start_read, start_write = file.start_read, file.start_write
             in_place = file.writes_inline and file.memory_alignment == 1
@@ -149,7 +150,10 @@ class Intake:
                         return True
                     room = connection.room()
                 if word == plain_read:
-                    if 0 < length <= length_max and (host := lookup_read(offset, length)) >= 0:
+                    if 0 < length <= length_max and (
+                        (host := lookup_read(offset, length)) >= 0
+                        or (host := find_read(offset, length)) >= 0
+                    ):
                         buffer = take(length)
                         payload = buffer.view[:length]
                         result = start_read(host, payload, spare_done, buffer.address)
@@ -179,13 +183,17 @@ class Intake:
                             spare.command, spare.cookie = READ, cookie
                             spare.offset, spare.length = offset, length
                             spare_done = self._pend(spare, buffer, direct_map)
-                            room = connection.room()
+                            slots -= 1
+                            room = room - length if slots > 0 else -1
                             continue
                         give(buffer)
                 elif word == plain_write:
                     payload_at = position + header_bytes
                     after = payload_at + length
-                    if payload_at < after <= end and (host := lookup_write(offset, length)) >= 0:
+                    if payload_at < after <= end and (
+                        (host := lookup_write(offset, length)) >= 0
+                        or (host := find_write(offset, length)) >= 0
+                    ):
                         payload = view[payload_at:after]
                         if in_place:
                             result = start_write(host, payload, spare_done)
@@ -202,7 +210,8 @@ class Intake:
                             spare.command, spare.cookie = WRITE, cookie
                             spare.offset, spare.length = offset, length
                             spare_done = self._pend(spare, buffer, direct_map)
-                            room = connection.room()
+                            slots -= 1
+                            room = room - length if slots > 0 else -1
                             continue
                         if not in_place:
                             give(buffer)
@@ -222,7 +231,7 @@ class Intake:
                     return True
                 position, end = received.start, received.end
                 budget -= request_cost
-                room = connection.room()
+                room, slots = connection.room(), connection.slots()
             else:
                 received.start = position
             return False

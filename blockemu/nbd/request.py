@@ -102,9 +102,11 @@ class Request:
 
     def host_done(self, result: int) -> None:
         """The pending host I/O of the fast path is over: answer, or ask the graph."""
-        assert self.map is not None
-        assert self.pin is not None
-        self.map.unpin(self.pin)
+        pin = self.pin
+        assert pin is not None
+        pin.count -= 1  # DirectMap.unpin, without two calls
+        if not pin.count and pin.waiters is not None:
+            pin.waiters.wake_all()
         self.map = self.pin = None
         if result == self.length:
             self.connection.finish_plain(self)

@@ -232,6 +232,10 @@ class Connection(BaseConnection):
             return -1
         return self._usable_bytes() - self._in_flight_bytes - self.replies.bytes_held
 
+    def slots(self) -> int:
+        """How many more requests may be in flight."""
+        return self.limits.in_flight_requests_max - self._in_flight
+
     def _usable_bytes(self) -> int:
         """What requests may use without asking: while others wait, each asks for its own."""
         if self._reclaim and not self._entitled:
