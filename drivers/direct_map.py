@@ -158,18 +158,23 @@ class DirectMap:
     def find_read(self, offset: int, length: int) -> int:
         """As `lookup_read`; but a page that isn't known is asked for, if that takes no waiting."""
         host = self.lookup_read(offset, length)
-        if host < 0 and self.fill is not None and not self._held:
-            self.fill(offset, length)
+        if host < 0 and self._fill(offset, length):
             host = self.lookup_read(offset, length)
         return host
 
     def find_write(self, offset: int, length: int) -> int:
         """As `find_read`, for bytes that may be overwritten in place."""
         host = self.lookup_write(offset, length)
-        if host < 0 and self.fill is not None and not self._held:
-            self.fill(offset, length)
+        if host < 0 and self._fill(offset, length):
             host = self.lookup_write(offset, length)
         return host
+
+    def _fill(self, offset: int, length: int) -> bool:
+        """Whether another look may find more. The range may be anything that a client says."""
+        if self.fill is None or self._held or offset + length > self._length:
+            return False
+        self.fill(offset, length)
+        return True
 
     def lookup_write(self, offset: int, length: int) -> int:
         """As `lookup_read`, for bytes that may be overwritten in place."""

@@ -212,6 +212,8 @@ def test_map_is_filled_for_a_request_that_needs_no_waiting(images: Images) -> No
     assert images["image"].content[host] == 4
     assert direct.find_write(4 * CLUSTER, 512) == direct.lookup_read(4 * CLUSTER, 512) >= 0
     assert direct.find_read(9 * CLUSTER, 512) == -1
+    for offset in (15 * CLUSTER + 512, 16 * CLUSTER, 1 << 60):
+        assert direct.find_read(offset, CLUSTER) == direct.find_write(offset, CLUSTER) == -1
     direct.hold()
     assert direct.find_read(5 * CLUSTER, 512) == -1
     direct.release()
