@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import logging
 import signal
+import sys
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
@@ -49,6 +50,11 @@ log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+
+GIL_SWITCH_S = 0.0005
+"""How long a thread that wants the GIL waits before it asks for it. By default that is 5 ms, which
+an IOThread with a fault to serve would wait for the main thread, while that negotiates with a crowd:
+the p99 of a client beside 500 hostile ones was 4 ms, and is 0.25."""
 
 LOOK_NS = 100_000_000
 """How often a start that waits looks whether it is to end."""
@@ -116,6 +122,8 @@ class Daemon:
         Raises: ImageError, DaemonError, when it can't start; everything is undone then. OSError,
         when an image couldn't be flushed at the end.
         """
+        if then_exit:
+            sys.setswitchinterval(GIL_SWITCH_S)  # the whole process's, so only where it is ours
         context = MainContext()
         loop = MainLoop(context)
         self.main_ctx.adopt()
