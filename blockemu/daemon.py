@@ -52,9 +52,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 GIL_SWITCH_S = 0.0005
-"""How long a thread that wants the GIL waits before it asks for it. By default that is 5 ms, which
-an IOThread with a fault to serve would wait for the main thread, while that negotiates with a crowd:
-the p99 of a client beside 500 hostile ones was 4 ms, and is 0.25."""
+"""How long a thread that wants the GIL waits before it asks for it. By default that is 5 ms: for so
+long an IOThread with a fault to serve would wait for a main thread that negotiates with a crowd."""
 
 LOOK_NS = 100_000_000
 """How often a start that waits looks whether it is to end."""
